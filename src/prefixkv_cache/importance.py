@@ -1,0 +1,181 @@
+"""How much attention each key of a layer receives from the queries that count.
+
+First of the pure functions on the way of the data: (query, key, mask) of one layer -> importance [batch, keys].
+The attention itself has been computed by the model's own backend, which does not return its weights; this module
+computes the weights again, a piece at a time, and keeps only their column sums. It knows nothing of caches or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+DEFAULT_MAX_BYTES = 64 * 2**20
+"""Ceiling for the temporaries of one call, all of them together."""
+
+
+@torch.no_grad()
+def attention_importance(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    *,
+    queries: int | str = "all",
+    real: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Tensor:
+    """Attention probability that each key receives, summed over the queries that count, averaged over the heads.
+
+    With `queries="all"` this is the importance of PrefixKV (arXiv 2412.03409, section 3.2) and of Elastic Cache
+    (arXiv 2407.18121, equation 4); with an integer it is the observation window of SnapKV (arXiv 2404.14469).
+
+    Args:
+        query: [batch, query_heads, n_queries, head_dim], as the attention function receives it.
+        key: [batch, kv_heads, n_keys, head_dim]; kv_heads divides query_heads. The queries are the last of the keys.
+        mask: as the backend receives it: None (causal, aligned at the last key), bool (True: visible) or additive
+            float [batch or 1, heads or 1, n_queries, n_keys], or [batch, n_keys] (nonzero: visible, and causal).
+        queries: `"all"`, or how many of each row's last real queries count.
+        real: bool [batch, n_queries], False at padding tokens, whose queries never count. None: no padding.
+        scaling: factor on the scores; head_dim ** -0.5 when None.
+        softcap: the scores pass `softcap * tanh(scores / softcap)` when given.
+        max_bytes: ceiling for all temporaries together.
+
+    Returns:
+        float32 [batch, n_keys], zero where no counting query sees the key.
+    """
+    batch, query_heads, _, head_dim = query.shape
+    kv_heads, n_keys = key.shape[1], key.shape[2]
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    query, mask, weight, causal_end = _queries_that_count(query, mask, n_keys, queries, real)
+    group = query_heads // kv_heads
+    total = torch.zeros(batch, n_keys, dtype=torch.float32, device=key.device)
+
+    for rows, heads, steps in _pieces(batch, kv_heads, query.shape[2], group, n_keys, head_dim, max_bytes):
+        piece_of_keys = key[rows, heads].float()
+        for span in steps:
+            # Under the plain causal mask nobody in this span sees the keys behind its last query.
+            seen = n_keys if causal_end is None else min(n_keys, int(causal_end[span].max()))
+            scores = _scores(query[rows, :, span], piece_of_keys[:, :, :seen], heads, group, scaling)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            _hide(scores, mask, causal_end, rows, heads, span, group)
+            span_weight = None if weight is None else weight[rows, span]
+            total[rows, :seen] += _column_sums(scores, span_weight)
+    return total / query_heads
+
+
+def _queries_that_count(
+    query: Tensor, mask: Tensor | None, n_keys: int, queries: int | str, real: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Narrow query and mask to the queries that count.
+
+    Returns the query, the mask, the weight of each query (bool [batch, n] or None for all ones) and, where only the
+    causal rule hides keys beyond the mask, the number of keys that each query sees (int64 [n], or [batch, n]).
+    """
+    n_queries = query.shape[2]
+    # Query i is the key number n_keys - n_queries + i, and sees all up to itself.
+    causal_end = None
+    if mask is None or mask.ndim == 2:
+        causal_end = torch.arange(n_keys - n_queries + 1, n_keys + 1)
+    if queries == "all" or int(queries) >= n_queries:
+        return query, mask, real, causal_end
+
+    window = int(queries)
+    if real is None or bool(real[:, -window:].all()):
+        last = slice(n_queries - window, n_queries)
+        mask = mask[:, :, last] if mask is not None and mask.ndim == 4 else mask
+        return query[:, :, last], mask, None, None if causal_end is None else causal_end[last]
+
+    # Rows end at different columns (or have fewer real tokens than the window): pick for each row its own queries.
+    columns = torch.arange(n_queries, device=real.device)
+    picks = torch.where(real, columns, -1).topk(window, dim=1).values.flip(1)
+    weight, picks = picks >= 0, picks.clamp_min(0).to(query.device)
+    query = torch.take_along_dim(query, picks[:, None, :, None], dim=2)
+    if mask is not None and mask.ndim == 4:
+        mask = torch.take_along_dim(mask, picks[:, None, :, None], dim=2)
+    if causal_end is not None:
+        causal_end = causal_end.to(picks.device)[picks]
+    return query, mask, weight.to(query.device), causal_end
+
+
+def _scores(query: Tensor, keys: Tensor, heads: slice, group: int, scaling: float) -> Tensor:
+    """float32 scores [batch, kv_heads, group, n, n_keys]; the query heads of a group share the keys, uncopied."""
+    batch, _, n, head_dim = query.shape
+    kv_heads, n_keys = keys.shape[1], keys.shape[2]
+    query = query[:, heads.start * group : heads.stop * group].float() * scaling
+    query = query.reshape(batch, kv_heads, group * n, head_dim)
+    return (query @ keys.transpose(-1, -2)).view(batch, kv_heads, group, n, n_keys)
+
+
+def _hide(
+    scores: Tensor,
+    mask: Tensor | None,
+    causal_end: Tensor | None,
+    rows: slice,
+    heads: slice,
+    span: slice,
+    group: int,
+) -> None:
+    """Set the scores of keys that a query does not see to -inf, in place; an additive mask is added."""
+    n_keys = scores.shape[-1]
+    if causal_end is not None:
+        end = causal_end[..., span].to(scores.device)
+        end = end[rows, None, None, :, None] if end.ndim == 2 else end[:, None]
+        scores.masked_fill_(torch.arange(n_keys, device=scores.device) >= end, -torch.inf)
+    if mask is None:
+        return
+    if mask.ndim == 2:
+        scores.masked_fill_(mask[rows, None, None, None, :n_keys] == 0, -torch.inf)
+        return
+    mask = mask[rows if mask.shape[0] > 1 else slice(None), :, span, :n_keys]
+    if mask.shape[1] > 1:
+        mask = mask[:, heads.start * group : heads.stop * group].unflatten(1, (-1, group))
+    else:
+        mask = mask[:, :, None]
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores.add_(mask)
+
+
+def _column_sums(scores: Tensor, weight: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, then the sum over heads and weighted queries: [batch, n_keys].
+
+    The scores are overwritten. Dividing by the row sums is folded into the sum over the queries, so that the
+    exponentials are written once and read once.
+    """
+    # A query that sees nothing has a maximum of -inf; the lowest finite number keeps its differences from being nan.
+    peak = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
+    scores.sub_(peak).exp_()
+    norm = scores.sum(-1)
+    share = torch.where(norm > 0, norm.reciprocal(), 0.0)
+    if weight is not None:
+        share = share * weight[:, None, None, :]
+    batch, kv_heads, group, n, n_keys = scores.shape
+    flat = scores.view(batch, kv_heads, group * n, n_keys)
+    return (share.reshape(batch, kv_heads, 1, group * n) @ flat).sum((1, 2))
+
+
+def _pieces(
+    batch: int, kv_heads: int, n_queries: int, group: int, n_keys: int, head_dim: int, max_bytes: int
+) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Cut the work into (rows, key heads, query spans) whose float32 temporaries stay under `max_bytes` together.
+
+    Whole batches and all heads at once where they fit; then fewer heads; then fewer rows.
+    """
+    # A quarter for the keys in float32, a half for scores and mask; the rest is slack for the small ones.
+    key_elements, score_elements = max_bytes // 16, max_bytes // 16
+    one_head = max(n_keys * head_dim, 1)
+    one_query = max(n_keys * group, 1)
+    fitting = max(1, min(key_elements // one_head, score_elements // one_query))
+    heads = min(kv_heads, fitting)
+    rows = min(batch, max(1, fitting // kv_heads)) if heads == kv_heads else 1
+    step = max(1, score_elements // (one_query * heads * rows))
+    spans = [slice(start, min(start + step, n_queries)) for start in range(0, n_queries, step)]
+    for row in range(0, batch, rows):
+        for head in range(0, kv_heads, heads):
+            yield slice(row, min(row + rows, batch)), slice(head, min(head + heads, kv_heads)), spans

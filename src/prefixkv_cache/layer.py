@@ -1,0 +1,370 @@
+"""One pruned layer: it stores a prompt, is pruned once, and then decodes in place.
+
+Behaviour lives here, `cache.py` is a list of these. The layer owns one buffer for keys and one for values, with spare
+room behind the stored pairs, and for each slot the logical position of its pair. *Seen* (tokens the model was fed,
+what transformers asks for) and *stored* (pairs held) are two numbers. The layer is told which columns of a prompt to
+keep; it computes no importance and knows no profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .eviction import FixedPointEviction
+
+
+@dataclass
+class Prompt:
+    """A prompt on its way through a layer: from `update` until the layer is pruned.
+
+    Attributes:
+        keys, values: [batch, heads, stored + n_new, head_dim], what the backend sees: pairs of earlier turns, then
+            the new ones.
+        n_new: tokens in this prompt, padding included.
+        attended: whether the attention call of this prompt was seen at the door.
+        importance: float32 [batch, n_new] once it was computed; None if it is not needed or not known yet.
+        real: bool [batch, n_new], False at padding; None: no padding.
+        lengths: real tokens of each row.
+    """
+
+    keys: Tensor
+    values: Tensor
+    n_new: int
+    attended: bool = False
+    importance: Tensor | None = None
+    real: Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
+
+
+class PrunedLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer, pruned to a length of its own.
+
+    Args:
+        distance: of the fixed point from the prompt's end, see `FixedPointEviction`. None: nothing leaves while
+            decoding.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, distance: int | None = 25):
+        self.distance = distance
+        self._clear()
+        super().__init__()
+
+    def _clear(self) -> None:
+        self._keys: Tensor | None = None  # [batch, heads, capacity, head_dim]
+        self._values: Tensor | None = None
+        self._positions: Tensor | None = None  # int64 [batch, capacity], -1 where a slot holds nothing
+        self._rows: list[FixedPointEviction] = []  # one for each row, or one for all where all have the same numbers
+        self._width = 0  # slots in use, by the longest row
+        self._in_place = True  # slot i holds position i in every row, so that a mask needs no remapping
+        self.seen = 0
+        self.prompt: Prompt | None = None
+        self.is_initialized = False
+
+    # What transformers reads. `keys` and `values` are views of the part of the buffers that is in use.
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[batch, heads, stored, head_dim], or None before the first prompt."""
+        return self.prompt.keys if self.prompt else self._in_use(self._keys)
+
+    @keys.setter
+    def keys(self, tensor: Tensor | None) -> None:
+        self._keys = tensor
+
+    @property
+    def values(self) -> Tensor | None:
+        """[batch, heads, stored, head_dim], or None before the first prompt."""
+        return self.prompt.values if self.prompt else self._in_use(self._values)
+
+    @values.setter
+    def values(self, tensor: Tensor | None) -> None:
+        self._values = tensor
+
+    def _in_use(self, buffer: Tensor | None) -> Tensor | None:
+        return None if buffer is None else buffer[:, :, : self._width]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: where the next token's position starts."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask, in logical columns; the layer takes its own columns at the door."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, 0 before the first prompt."""
+        keys = self.prompt.keys if self.prompt else self._keys
+        return 0 if keys is None else keys.shape[0]
+
+    @property
+    def stored(self) -> int:
+        """Pairs held, by the longest row; a prompt that is not pruned yet counts whole."""
+        return self.prompt.keys.shape[2] if self.prompt else self._width
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key and value tensors that are allocated, spare room included."""
+        tensors = (self.prompt.keys, self.prompt.values) if self.prompt else (self._keys, self._values)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows hold different numbers of pairs, so that some slots hold nothing."""
+        return len({row.stored for row in self._rows}) > 1
+
+    @property
+    def keep_ratios(self) -> list[float]:
+        """Keep ratio of each row, fraction kept; empty before the first prompt was pruned."""
+        ratios = [row.keep for row in self._rows]
+        return ratios if len(ratios) != 1 else ratios * self.batch_size
+
+    def slot_positions(self) -> Tensor:
+        """int64 [batch, stored]: the logical position of the pair in each slot, -1 where a slot holds nothing."""
+        if self.prompt is None:
+            return self._empty_positions() if self._positions is None else self._positions[:, : self._width]
+        prompt = self.prompt
+        new = torch.arange(self.seen - prompt.n_new, self.seen, device=prompt.keys.device)
+        new = new.expand(prompt.keys.shape[0], -1)
+        return new if self._positions is None else torch.cat([self._positions[:, : self._width], new], dim=1)
+
+    def _empty_positions(self) -> Tensor:
+        return torch.empty(0, 0, dtype=torch.int64)
+
+    @property
+    def needs_own_mask(self) -> bool:
+        """Whether the pairs that the backend sees differ from the tokens that the model's mask speaks of."""
+        return not self._in_place
+
+    # The way of the data: a prompt comes in whole, is pruned, then tokens come one by one.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take note of dtype and device; buffers are made when the first prompt has been pruned."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new pairs; return the keys and values that the backend shall see.
+
+        A single token on top of stored pairs is a decode step; anything else is a prompt, which stays whole until
+        `prune` is called.
+
+        Args:
+            key_states, value_states: [batch, heads, n_new, head_dim]. Stored without their autograd history.
+
+        Raises:
+            ValueError: the batch is not the one that is stored, or there are no tokens.
+        """
+        self._check(key_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._keys is not None and key_states.shape[2] == 1:
+            return self._decode(key_states.detach(), value_states.detach())
+        return self._begin_prompt(key_states, value_states)
+
+    def _check(self, key_states: Tensor) -> None:
+        batch, _, n_new, _ = key_states.shape
+        if n_new == 0:
+            raise ValueError("the prompt has no tokens; a cache layer needs at least one")
+        if self._keys is not None and batch != self.batch_size:
+            raise ValueError(
+                f"got a batch of {batch} for a cache that holds {self.batch_size} rows; "
+                "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
+            )
+
+    def _begin_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        n_new = keys.shape[2]
+        if self._keys is not None and self._values is not None:
+            keys = torch.cat([self._keys[:, :, : self._width], keys], dim=2)
+            values = torch.cat([self._values[:, :, : self._width], values], dim=2)
+        self.prompt = Prompt(keys.detach(), values.detach(), n_new)
+        self.seen += n_new
+        return keys, values
+
+    def prune(self, kept: Tensor, counts: list[int], keep: list[float]) -> None:
+        """Keep these tokens of the prompt, and all pairs of earlier turns; make the buffers that decoding goes on in.
+
+        Args:
+            kept: int64 [batch, max(counts)], columns of the prompt (0 is its first token), rising; -1 fills shorter
+                rows.
+            counts: how many tokens each row keeps.
+            keep: keep ratio of each row, fraction kept in [0, 1], for the decode rule.
+        """
+        prompt = self.prompt
+        if prompt is None:
+            raise RuntimeError("there is no prompt to prune: prune() follows the update() of a prompt")
+        positions = self.slot_positions()
+        n_old = positions.shape[1] - prompt.n_new
+        columns = kept.masked_fill(kept < 0, -1 - n_old) + n_old
+        if n_old:
+            columns = _close_up(torch.cat([_in_order(positions[:, :n_old]), columns], dim=1))
+        held = [old + new for old, new in zip(self._per_row("stored"), counts, strict=True)]
+        seen = [old + new for old, new in zip(self._per_row("seen"), prompt.lengths, strict=True)]
+
+        self._width = max(held)
+        index = _padded(columns[:, : self._width], self._width)
+        self._positions = positions.gather(1, index.clamp_min(0)).masked_fill_(index < 0, -1)
+        # Spare slots hold copies of the first pair: whatever is masked out must still be a finite number.
+        index.clamp_min_(0)
+        self._keys, self._values = _take(prompt.keys, index), _take(prompt.values, index)
+        states = list(zip(held, seen, keep, strict=True))
+        states = states[:1] if len(set(states)) == 1 else states
+        self._rows = [FixedPointEviction(*state, self.distance) for state in states]
+        self._in_place = self._in_place and self._width == self.seen and not self.ragged
+        self.prompt = None
+
+    def _per_row(self, number: str) -> list[int]:
+        """`stored` or `seen` of every row, 0 before the first prompt."""
+        numbers = [getattr(row, number) for row in self._rows] or [0]
+        return numbers if len(numbers) > 1 else numbers * self.batch_size
+
+    def _decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: its pair goes to the slot of the pair that leaves, or to the first unused one."""
+        slots = [row.next_slot() for row in self._rows]
+        self._width = max(self._width, max(slots) + 1)
+        assert self._keys is not None and self._values is not None and self._positions is not None
+        if self._width > self._keys.shape[2]:
+            self._grow()
+        if len(slots) == 1:
+            slot = slots[0]
+            self._keys.select(2, slot).copy_(keys.select(2, 0))
+            self._values.select(2, slot).copy_(values.select(2, 0))
+            self._positions.select(1, slot).fill_(self.seen)
+        else:
+            rows = torch.arange(len(slots), device=keys.device)
+            index = torch.tensor(slots, device=keys.device)
+            self._keys[rows, :, index] = keys.select(2, 0)
+            self._values[rows, :, index] = values.select(2, 0)
+            self._positions[rows, index] = self.seen
+        self._in_place = self._in_place and min(slots) == self.seen
+        self.seen += 1
+        return self._keys[:, :, : self._width], self._values[:, :, : self._width]
+
+    def _grow(self) -> None:
+        self._keys, self._values = _padded(self._keys, self._width, 2, 0), _padded(self._values, self._width, 2, 0)
+        self._positions = _padded(self._positions, self._width)
+
+    # Operations on the batch. An unpruned prompt cannot be reordered: it lives only inside a forward, or, where the
+    # lengths are searched on the prompt, until the last layer has been seen.
+
+    def reset(self) -> None:
+        """Forget everything, and be as new."""
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of what was row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, int64 or a bool mask over the rows, in that order."""
+        if self._keys is None or self._values is None or self._positions is None:
+            return
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        on_device = indices.to(self._keys.device)
+        self._keys, self._values = self._keys.index_select(0, on_device), self._values.index_select(0, on_device)
+        self._positions = self._positions.index_select(0, on_device)
+        if len(self._rows) > 1:
+            self._rows = [self._rows[row].copy() for row in indices.tolist()]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.
+
+        Raises:
+            ValueError: a positive number, or more tokens than were seen.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, from {-self.seen} to 0; got {tokens_to_remove}"
+            )
+        if tokens_to_remove == 0 or self._positions is None:
+            return
+        end = self.seen + tokens_to_remove
+        if end == 0:
+            self._clear()
+            return
+        positions = self._positions[:, : self._width]
+        columns = positions.masked_fill(positions >= end, -1)
+        self._compact(columns, removed=-tokens_to_remove)
+        self.seen = end
+
+    def _compact(self, positions: Tensor, removed: int) -> None:
+        """Keep the slots whose entry in `positions` is not -1, in the order of their positions."""
+        held = (positions >= 0).sum(1).tolist()
+        rows = self._rows if len(self._rows) == len(held) else [self._rows[0].copy() for _ in held]
+        self._rows = [row.shortened(stored, removed) for row, stored in zip(rows, held, strict=True)]
+        self._width = max(held)
+        assert self._keys is not None and self._values is not None
+        index = _padded(_in_order(positions)[:, : self._width], self._width)
+        self._positions = positions.gather(1, index.clamp_min(0)).masked_fill_(index < 0, -1)
+        index.clamp_min_(0)
+        self._keys, self._values = _take(self._keys, index), _take(self._values, index)
+
+    # Offloading of whole layers, as `Cache.offload` and `Cache.prefetch` ask for it.
+
+    def offload(self) -> None:
+        """Move the buffers to the CPU."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.to("cpu", non_blocking=True)
+            self._values = self._values.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move the buffers back to the layer's device."""
+        if self._keys is not None and self._values is not None and self._keys.device != self.device:
+            self._keys = self._keys.to(self.device, non_blocking=True)
+            self._values = self._values.to(self.device, non_blocking=True)
+
+
+def spare_slots(stored: int) -> int:
+    """Unused slots behind the stored pairs when a buffer is made: a tenth, so that growth is geometric; at least 60."""
+    return max(60, stored // 10)
+
+
+def _padded(tensor: Tensor, width: int, dim: int = 1, fill: int = -1) -> Tensor:
+    """Make room behind the tensor's last entry in `dim` for a buffer of `width` slots and their spare ones."""
+    shape = list(tensor.shape)
+    shape[dim] = width + spare_slots(width) - shape[dim]
+    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=dim)
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    """Gather columns of [batch, heads, n, head_dim] by int64 [batch, m] into new memory [batch, heads, m, head_dim].
+
+    Row by row: a row's head vectors are copied whole, with no index tensor of the size of the result.
+    """
+    batch, heads, _, head_dim = source.shape
+    taken = source.new_empty(batch, heads, index.shape[1], head_dim)
+    for row in range(batch):
+        torch.index_select(source[row], 1, index[row], out=taken[row])
+    return taken
+
+
+def _in_order(positions: Tensor) -> Tensor:
+    """int64 [batch, n]: the slots of each row by rising position; -1 behind them for slots that hold nothing."""
+    order = positions.masked_fill(positions < 0, torch.iinfo(torch.int64).max).argsort(dim=1)
+    return order.masked_fill_(positions.gather(1, order) < 0, -1)
+
+
+def _close_up(columns: Tensor) -> Tensor:
+    """Move the -1 entries of each row behind the others, whose order stays."""
+    order = (columns < 0).to(torch.int8).argsort(dim=1, stable=True)
+    return columns.gather(1, order)

@@ -1,0 +1,78 @@
+"""A layer's own columns of the attention mask.
+
+transformers builds one mask for all layers, in logical columns: one for every token that the model has *seen*. A pruned
+layer *stores* fewer pairs, in an order of its own. These pure functions turn the one into the other, in the form in
+which each backend takes its mask, and read off which tokens are padding. They know nothing of caches or models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def real_tokens(mask: Tensor | None, n_new: int) -> Tensor | None:
+    """Which of the newest `n_new` tokens are real, not padding.
+
+    The last query sees every real token and no padding, under causal masks and under prefixes that are seen both
+    ways, for padding on the left as on the right.
+
+    Args:
+        mask: as the backend receives it, in logical columns; see `layer_mask`.
+        n_new: number of tokens in this forward.
+
+    Returns:
+        bool [batch or 1, n_new], or None where the mask is None (no padding).
+
+    Raises:
+        TypeError: a mask of a kind that we cannot read.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        kind = f"{list(mask.shape)} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"cannot read an attention mask of this kind: {kind}. Expected None, a [batch, keys] tensor or a "
+            "[batch, heads, queries, keys] tensor; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    last = mask if mask.ndim == 2 else mask[:, :, -1].any(1) if mask.dtype == torch.bool else mask[:, :, -1].amax(1)
+    last = last[:, -n_new:]
+    if last.is_floating_point():
+        # Additive: 0 where visible, hugely negative or -inf where not.
+        return last > torch.finfo(last.dtype).min / 2
+    return last.bool()
+
+
+def layer_mask(mask: Tensor | None, positions: Tensor, ragged: bool, n_queries: int, backend: str) -> Tensor | None:
+    """The mask of one layer: the columns of its stored pairs, slots that hold nothing hidden.
+
+    Args:
+        mask: None, bool (True: visible) or additive float [batch or 1, heads or 1, n_queries, seen], or
+            [batch, seen] (nonzero: visible; flash attention).
+        positions: int64 [batch, stored]: the logical column of each stored pair, -1 where a slot holds nothing. The
+            newest tokens stand last.
+        ragged: whether there is any -1 in `positions`.
+        n_queries: number of tokens in this forward.
+        backend: name of the attention implementation. It decides the form of a mask that has to be made.
+
+    Returns:
+        The mask in the same form with `stored` columns; None where there is none and none is needed.
+    """
+    if mask is None:
+        if "flash" in backend:
+            return (positions >= 0).int() if ragged else None
+        if n_queries == 1:
+            return (positions >= 0)[:, None, None, :] if ragged else None
+        # Backends align a causal mask that they make themselves at column n_queries, not at the stored length.
+        newest = positions[:, -n_queries:, None]
+        return ((positions[:, None, :] <= newest) & (positions >= 0)[:, None, :])[:, None]
+    columns = positions.clamp_min(0) if ragged else positions
+    if mask.ndim == 2:
+        own = mask.expand(positions.shape[0], -1).gather(1, columns)
+        return own.masked_fill(positions < 0, 0) if ragged else own
+    own = mask.expand(positions.shape[0], -1, -1, -1)
+    own = own.gather(3, columns[:, None, None, :].expand(-1, own.shape[1], own.shape[2], -1))
+    if not ragged:
+        return own
+    hidden = False if own.dtype == torch.bool else torch.finfo(own.dtype).min
+    return own.masked_fill((positions < 0)[:, None, None, :], hidden)
