@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -131,8 +132,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=416,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -190,29 +191,30 @@ class Row:
 
 
 class BatchMaker:
-    """Makes batch number n of a run from the run's seed and n alone, so that a resumed run sees what an unbroken one saw."""
+    """Makes batch n of a run from the run's seed and n alone, so that a resumed run sees what an unbroken one saw."""
 
-    def __init__(self, tokens: dict[str, int], batch_size: int, seed: int) -> None:
-        self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
+    def __init__(self, tokens: dict[str, int], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.tokens, self.batch_size, self.seed, self.rank, self.world = tokens, batch_size, seed, rank, world
 
     def encode(self, text: str) -> list[int]:
         """The tokenizer's own result for scene language, without its overhead."""
         return [self.tokens[word] for word in WORD.findall(text)]
 
     def drawn(self, number: int, fewest: int, most: int) -> list[Scene]:
-        """The scenes of a batch: each seed of the training range is used once in a run."""
+        """This process's scenes of a batch: each seed of the training range is used once in a run."""
         first = (self.seed * 50_000_000 + number * self.batch_size) % len(scenes.TRAIN_SEEDS)
         return [
             scenes.draw_scene(scenes.TRAIN_SEEDS[(first + i) % len(scenes.TRAIN_SEEDS)], fewest, most)
-            for i in range(self.batch_size)
+            for i in range(self.rank, self.batch_size, self.world)
         ]
 
-    def row(self, scene: Scene, rng: random.Random, max_questions: int) -> Row:
+    def row(self, scene: Scene, max_questions: int) -> Row:
         """A picture, a description and some questions.
 
         Three times in four the turns do not see each other and each starts right behind the picture: as many
         one-turn prompts for the price of one picture. Else they are one conversation.
         """
+        rng = random.Random(f"{self.seed}/{scene.seed}")
         together = rng.random() < 0.25
         turns = [(question.text, f"{question.answer}.") for question in scenes.questions(scene)][:max_questions]
         turns.insert(rng.randrange(len(turns) + 1), (rng.choice(scenes.DESCRIBE_PROMPTS), scenes.describe(scene)))
@@ -230,9 +232,8 @@ class BatchMaker:
         return row
 
     def make(self, number: int, fewest: int, most: int, max_questions: int) -> Batch:
-        rng = random.Random(f"{self.seed}/{number}")
         drawn = self.drawn(number, fewest, most)
-        rows = [self.row(scene, rng, max_questions) for scene in drawn]
+        rows = [self.row(scene, max_questions) for scene in drawn]
         turns = padded([row.turns for row in rows], -1)
         return Batch(
             pixel_values=torch.stack([pixels(scene) for scene in drawn]),
@@ -310,7 +311,7 @@ class PatchReader(nn.Module):
 class Plan:
     """The schedule, as functions of the share of the run that is done (0 to 1)."""
 
-    eyes: float = 0.06  # share of the run that is stage one
+    eyes: float = 0.12  # share of the run that is stage one
     peak_rate: float = 1.5e-3
     warmup: float = 0.01
 
@@ -322,7 +323,7 @@ class Plan:
 
     def objects(self, done: float) -> tuple[int, int]:
         """Fewest and most objects in a scene: few words to tell apart at first, the real task soon."""
-        return (1, 4) if self.eyes < done < self.eyes + 0.06 else (2, 7) if done < 0.5 else (4, 7)
+        return (1, 4) if self.eyes < done < self.eyes + 0.08 else (2, 7) if done < 0.5 else (4, 7)
 
     def patch_weight(self, done: float) -> float:
         """Weight of the image tokens' own loss: all of it in stage one, gone at two thirds of the run."""
@@ -332,23 +333,30 @@ class Plan:
 class Trainer:
     """The model with its optimizer, its clock and its checkpoint; `run` goes on from wherever it stands."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, rank: int = 0) -> None:
         torch.manual_seed(args.seed)
+        self.rank, self.world = rank, args.processes
         self.args, self.plan = args, Plan(peak_rate=args.rate)
         self.device = torch.device(args.device)
         self.processor = build_processor()
         self.model = build_model(self.processor.tokenizer).to(self.device)
         self.reader = PatchReader(self.model.config.text_config.hidden_size).to(self.device)
-        self.maker = BatchMaker(self.processor.tokenizer.get_vocab(), args.batch_size, args.seed)
-        self.optimizer = torch.optim.AdamW(self.groups(), lr=1e-3, betas=(0.9, 0.98), fused=True)
+        self.maker = BatchMaker(self.processor.tokenizer.get_vocab(), args.batch_size, args.seed, rank, self.world)
+        self.optimizers = self.build_optimizers()
         self.step, self.seconds = 0, 0.0
 
-    def groups(self) -> list[dict]:
-        """Weight decay for matrices only."""
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the layers' matrices, AdamW for all else; Muon's steps are scaled to the size of AdamW's."""
         named = [*self.model.named_parameters(), *self.reader.named_parameters()]
-        matrices = [weight for name, weight in named if weight.ndim > 1 and "embed" not in name]
-        others = [weight for name, weight in named if weight.ndim <= 1 or "embed" in name]
-        return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        inner = {name for name, weight in named if "layers." in name and weight.ndim == 2}
+        muon = torch.optim.Muon(
+            [weight for name, weight in named if name in inner], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        )
+        others = [weight for name, weight in named if name not in inner]
+        return [muon, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+
+    def groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def done(self) -> float:
         """Share of the run that is behind us: by steps, or by time where --minutes runs out first."""
@@ -364,7 +372,7 @@ class Trainer:
             for name, value in self.train_step(done).items():
                 seen[name].append(value)
             self.step += 1
-            self.seconds += time.perf_counter() - start
+            self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
             if self.step % self.args.print_every == 0:
                 self.report(done, seen)
                 seen.clear()
@@ -373,11 +381,33 @@ class Trainer:
                 self.save()
         self.save()
 
+    def agreed(self, value: float) -> float:
+        """The first process's clock is everybody's, so that all change stage at the same step."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.broadcast(shared, 0)
+        return shared.item()
+
+    def share_gradients(self) -> None:
+        """Mean of the gradients over the processes, in one message; a weight unused in this stage has none anywhere."""
+        if self.world == 1:
+            return
+        gradients = [weight.grad for group in self.groups() for weight in group["params"]]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
     def report(self, done: float, seen: dict[str, list[float]]) -> None:
-        rate = self.args.print_every and self.step / self.seconds
+        if self.rank:
+            return
+        rate = self.step / self.seconds
         left = self.seconds / max(done, 1e-6) * (1 - done)
         values = "  ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in seen.items())
-        print(f"step {self.step}  {values}  {rate:.2f} steps/s  {self.seconds / 60:.1f} min  left {left / 60:.1f} min", flush=True)
+        clock = f"{rate:.2f} steps/s  {self.seconds / 60:.1f} min  left {left / 60:.1f} min"
+        print(f"step {self.step}  {values}  {clock}", flush=True)
 
     def train_step(self, done: float) -> dict[str, float]:
         """One batch: loss of the answers (stage two), loss of the image tokens, clip, step."""
@@ -386,12 +416,15 @@ class Trainer:
         with self.autocast():
             losses = self.losses(batch, answers=blind)
         total = losses["patch"] * self.plan.patch_weight(done) + losses.get("answer", 0.0)
-        for group in self.optimizer.param_groups:
+        for group in self.groups():
             group["lr"] = self.plan.rate(done)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         total.backward()
+        self.share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return {name: loss.item() for name, loss in losses.items()}
 
     def losses(self, batch: Batch, answers: bool) -> dict[str, torch.Tensor]:
@@ -419,24 +452,27 @@ class Trainer:
 
     def save(self) -> None:
         """The model for use, and beside it (never in it) the state to go on from."""
+        if self.rank:
+            return
         save_model(self.model, self.processor, Path(self.args.out))
         state = {
             "model": self.model.state_dict(),
             "reader": self.reader.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
         }
         target = state_file(self.args.out)
         torch.save(state, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
-        print(f"saved {self.args.out} at step {self.step}", flush=True)
+        print(f"saved {self.args.out} at step {self.step}, {time.process_time() / 60:.1f} CPU minutes", flush=True)
 
     def resume(self) -> None:
         state = torch.load(state_file(self.args.out), map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.reader.load_state_dict(state["reader"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         print(f"resumed at step {self.step}, {self.seconds / 60:.1f} minutes in", flush=True)
 
@@ -521,7 +557,8 @@ def evaluate(model, processor, seeds: range) -> dict:
         "objects": objects,
         "objects_right": round(hits / objects, 4),
         "wrong_objects_stated": extras,
-        "descriptions_word_for_word": sum(t == scenes.describe(s) for t, s in zip(texts, drawn, strict=True)) / len(drawn),
+        "descriptions_word_for_word": sum(t == scenes.describe(s) for t, s in zip(texts, drawn, strict=True))
+        / len(drawn),
         "questions": len(total),
         "questions_right": round(sum(total) / len(total), 4),
         "questions_right_by_kind": {kind: round(sum(v) / len(v), 4) for kind, v in sorted(by_kind.items())},
@@ -541,7 +578,9 @@ def attention_spread(model, processor, seeds: range, queries: int = 32, mass: fl
         prompts = [scenes.DESCRIBE_PROMPTS[0], *(question.text for question in scenes.questions(scene)[:2])]
         for prompt in prompts:
             inputs = chat_inputs(processor, [(scene, prompt)]).to(model.device)
-            weights = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0, :, -queries:].float().mean(1)
+            weights = (
+                torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0, :, -queries:].float().mean(1)
+            )
             summed.append(share_of_keys(weights.sum(1), mass))
             single.append(share_of_keys(weights, mass).mean(1))
     model.set_attn_implementation("sdpa")
@@ -582,27 +621,44 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--processes", type=int, default=None, help="default: 2 on a CPU, one thread each; else 1")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="autocast in training")
     parser.add_argument("--resume", action="store_true", help="go on from the training state beside --out")
     parser.add_argument("--evaluate-only", action="store_true")
     parser.add_argument("--test-scenes", type=int, default=300, help="held-out scenes of the evaluation")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--print-every", type=int, default=50)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.processes is None:
+        args.processes = 2 if args.device == "cpu" else 1
+    if args.processes > 1 and args.device != "cpu":
+        parser.error("more than one process is for the CPU only")
+    return args
+
+
+def train(rank: int, args: argparse.Namespace, meeting_place: str) -> None:
+    """One process of the run. On a CPU two processes of one thread beat one of two, which wait at every operation."""
+    if args.processes > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=args.processes
+        )
+    trainer = Trainer(args, rank)
+    check_shortcuts(trainer.processor, trainer.maker)
+    if rank == 0:
+        print(f"{sum(weight.numel() for weight in trainer.model.parameters()):,} parameters, {args.device}", flush=True)
+    if args.resume:
+        trainer.resume()
+    trainer.run()
+    if args.processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 def main() -> int:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if not args.evaluate_only:
-        trainer = Trainer(args)
-        check_shortcuts(trainer.processor, trainer.maker)
-        print(f"{sum(weight.numel() for weight in trainer.model.parameters()):,} parameters, {args.device}", flush=True)
-        if args.resume:
-            trainer.resume()
-        trainer.run()
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(train, (args, f"{folder}/meeting"), nprocs=args.processes)
     evaluate_saved(args.out, args.device, args.test_scenes)
     return 0
 

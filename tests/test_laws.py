@@ -442,6 +442,7 @@ def test_law_8_after_the_last_cache_transformers_is_as_it_was(source):
     gc.collect()
     case = Case("llava_gqa", "sdpa", PADDED, source=source)
     model = models.build(case.family, case.attn)
+    feed(model, models.batch(case.family, PADDED), models.words(3, 2), DynamicCache())  # it has hooks of its own to set
     before = transformers_state(model)
     caches = [case.cache(), case.cache()]
     for cache in caches:
@@ -640,10 +641,12 @@ def test_half_precision_runs(family, attn, dtype):
     case = Case(family, attn, PADDED, source="online" if family == "gemma3" else "profile", distance=5)
     inputs = models.batch(family, PADDED)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    logits, _ = feed(models.build(family, attn, dtype), inputs, models.words(3, 20), case.cache())
+    record = Record(case.cache(), case.layers)
+    logits, _ = feed(models.build(family, attn, dtype), inputs, models.words(3, 20), record.cache, record)
     assert logits.isfinite().all()
-    wanted, _ = run(Case(family, attn, PADDED, source=case.source, distance=5))
-    assert difference(logits.float(), wanted[:, :20]) < 1.0  # the same model still: a wrong mask would be far off
+    oracle = Oracle(models.build(family, dtype=dtype), Given(record.kept))
+    wanted, _ = feed(oracle.model, inputs, models.words(3, 20), oracle.cache)
+    assert (logits.float() - wanted.float()).abs().mean() < {torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
 
 
 # Options.
@@ -775,9 +778,10 @@ def test_a_model_whose_attention_does_not_pass_the_interface_is_refused(source):
     cache = PrefixKVCache(profile(4) if source == "profile" else None, budget=0.5)
     with pytest.raises(Exception, match="GitSelfAttention"):
         model.generate(input_ids=models.words(1, 20), past_key_values=cache, max_new_tokens=2)
-    with pytest.raises(Exception, match="GitSelfAttention"):
-        model(input_ids=models.words(1, 20), past_key_values=PrefixKVCache(budget=0.5))
-        raise AssertionError("the first forward pass may end, but then:") from None
+    cache.reset()
+    with pytest.raises(Exception, match="GitSelfAttention"):  # at the latest here, one token after the prompt
+        for length in (20, 1):
+            model(input_ids=models.words(1, length), past_key_values=cache)
 
 
 # The rest of the cache API: batches, beams, copies, crop.
@@ -864,7 +868,7 @@ def test_crop_takes_the_last_tokens_back(case):
     assert difference(go_on(model, inputs, cropped, cache), go_on(model, inputs, cropped, shorter)) < 1e-5
 
 
-@pytest.mark.parametrize("case", BATCHES, ids=str)
+@pytest.mark.parametrize("case", BATCHES[:2], ids=str)
 def test_crop_of_nothing_is_nothing(case):
     wanted = go_on(*after_twelve(case))
     model, inputs, sequences, cache = after_twelve(case)

@@ -134,6 +134,11 @@ def test_any_content_that_differs_is_another_profile():
     assert profile != "profile"
 
 
+def test_minus_zero_is_zero():
+    plus, minus = (PrefixProfile([0.5], [[zero, 1.0]], METADATA | {"n_layers": "2"}) for zero in (0.0, -0.0))
+    assert plus == minus and hash(plus) == hash(minus)
+
+
 def test_a_profile_cannot_be_changed():
     budgets, keep = torch.tensor(BUDGETS, dtype=torch.float64), torch.tensor(KEEP, dtype=torch.float64)
     metadata = dict(METADATA)
@@ -447,7 +452,7 @@ WRONG = {
     "inf": (dict(keep=[KEEP[0], [0.4, math.inf, 0.6], KEEP[2]]), ["keep", "inf", "[0, 1]"]),
     "negative": (dict(keep=[[-0.1, 0.3, 0.4], *KEEP[1:]]), ["keep", "layer 0 at budget 0.2 is -0.1", "[0, 1]"]),
     "above one": (dict(keep=[*KEEP[:2], [1.0, 1.0, 1.0000001]]), ["keep", "layer 2 at budget 1.0", "[0, 1]"]),
-    "falling": (dict(keep=[[0.1, 0.2, 0.3], [0.6, 0.602, 0.298], KEEP[2]]), ["keep", "layer 2", "falls", "0.001"]),
+    "falling": (dict(keep=[[0.1, 0.2, 0.3], [0.6, 0.6011, 0.2989], KEEP[2]]), ["keep", "layer 2", "falls", "0.001"]),
     "mean": (dict(keep=[[0.1, 0.2, 0.316], *KEEP[1:]]), ["keep", "mean", "0.2", "0.005"]),
     "budgets fall": (dict(budgets=[0.5, 0.2, 1.0]), ["budgets", "0.2 follows 0.5", "rising"]),
     "budgets stand": (dict(budgets=[0.2, 0.2, 1.0]), ["budgets", "0.2 follows 0.2", "rising"]),
@@ -536,7 +541,17 @@ HOSTILE = {
     "text": b'{"keep": 1}' * 50,
     "pickle": pickle.dumps({"keep": KEEP}),
     "huge header": struct.pack("<Q", 2**62) + b"{}",
-    "header over the limit": raw(b"{" + b" " * 2**20 + b"}"),
+    "header over the limit": raw(
+        json.dumps(
+            {
+                "__metadata__": METADATA,
+                "budgets": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]},
+                "keep": {"dtype": "F64", "shape": [3, 3], "data_offsets": [24, 96]},
+            }
+        ).encode()
+        + b" " * 2**20,
+        struct.pack("<12d", *BUDGETS, *sum(KEEP, [])),
+    ),
     "header longer than the file": struct.pack("<Q", 2000) + b"{}" * 100,
     "deep header": raw(b'{"__metadata__":' + b"[" * 500_000),
     "deep tensor": raw(b'{"keep":' + b'{"a":' * 100_000),
@@ -560,7 +575,7 @@ HOSTILE = {
         {
             "__metadata__": METADATA,
             "budgets": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]},
-            "keep": {"dtype": "F64", "shape": [3, 0, 2**50], "data_offsets": [24, 24]},
+            "keep": {"dtype": "F64", "shape": [0, 2**64 - 1], "data_offsets": [24, 24]},
         },
         struct.pack("<3d", *BUDGETS),
     ),

@@ -159,7 +159,9 @@ def test_held_out_scenes_are_described_right(model, processor):
 
 
 def test_questions_on_held_out_scenes_are_answered(model, processor):
-    asked = [(scene, question) for scene in map(scenes.draw_scene, DESCRIBED[:6]) for question in scenes.questions(scene)]
+    asked = [
+        (scene, question) for scene in map(scenes.draw_scene, DESCRIBED[:6]) for question in scenes.questions(scene)
+    ]
     texts = replies(model, processor, [(scene, question.text) for scene, question in asked])
     hits = [scenes.answer_matches(text, question) for text, (_, question) in zip(texts, asked, strict=True)]
     assert sum(hits) / len(hits) >= 0.8
@@ -176,4 +178,6 @@ def test_a_conversation_goes_on(model, processor):
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=scene.image, text=text, return_tensors="pt")
     out = model.generate(**inputs)
-    assert scenes.answer_matches(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), second)
+    assert scenes.answer_matches(
+        processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), second
+    )

@@ -60,8 +60,8 @@ class _Door:
         with self._lock:
             self._holders += 1
             if self._wrapper is None:
-                self._original = AttentionInterface.__dict__[_METHOD]
-                self._wrapper = _wrap(self._original)
+                original = AttentionInterface.__dict__[_METHOD]
+                self._original, self._wrapper = original, _wrap(original)
                 setattr(AttentionInterface, _METHOD, self._wrapper)
             finalizer = weakref.finalize(cache, self._release)
             finalizer.atexit = False

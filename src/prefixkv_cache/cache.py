@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from .architecture import PRUNABLE, layer_types, make_whole_layer
 from .attention import hand_out, hold_door
 from .importance import attention_importance
-from .layer import PrunedLayer
+from .layer import Prompt, PrunedLayer
 from .masks import layer_mask, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
 from .selection import select_keys
@@ -78,7 +78,7 @@ class PrefixKVCache(Cache):
         self._keep = None if self.profile is None else self.profile.keep_ratios(self.budget).tolist()
         # Decoder layers that can be pruned, by index; None until a config has told.
         self._prunable: list[int] | None = None
-        layers = []
+        layers: list[Any] = []
         if config is not None:
             types = layer_types(config)
             self._set_prunable([index for index, (kind, _) in enumerate(types) if kind == PRUNABLE])
@@ -152,8 +152,11 @@ class PrefixKVCache(Cache):
         """Store new pairs of a layer; return the keys and values that its attention shall see.
 
         Args:
-            key_states, value_states: [batch, kv_heads, n_new, head_dim], rotary position applied.
+            key_states: [batch, kv_heads, n_new, head_dim], rotary position applied.
+            value_states: likewise.
             layer_idx: decoder layer, from 0.
+            args: for layers that are left whole.
+            kwargs: for layers that are left whole.
 
         Raises:
             RuntimeError: the attention call of this layer's last prompt never came through the door.
@@ -186,7 +189,7 @@ class PrefixKVCache(Cache):
             self.layers, self._prunable = [], None
         super().reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of what was row `beam_idx[i]`, positions and decode state with it."""
         self._settle()
         super().reorder_cache(beam_idx)
@@ -225,7 +228,7 @@ class PrefixKVCache(Cache):
 
     def before_attention(self, layer_idx: int, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask of this layer: its own columns where it does not hold exactly the tokens seen."""
-        layer = self.layers[layer_idx]
+        layer = self._pruned(layer_idx)
         if self._prunable is None:
             self._learn(getattr(module, "config", None))
         prompt = layer.prompt
@@ -240,7 +243,7 @@ class PrefixKVCache(Cache):
         self, layer_idx: int, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
     ) -> None:
         """Look at a prompt's attention once it has been computed; prune what can be pruned by now."""
-        layer = self.layers[layer_idx]
+        layer = self._pruned(layer_idx)
         prompt = layer.prompt
         if prompt is None or prompt.attended:
             return
@@ -258,7 +261,7 @@ class PrefixKVCache(Cache):
             prompt.importance = importance[:, -prompt.n_new :]
         prompt.attended = True
         if self._keep is not None or self._keeps_all(layer_idx) or layer.keep_ratios:
-            self._prune_by_ratio(layer_idx)
+            self._prune_by_ratio(layer, prompt, self._ratio(layer_idx))
         elif self._prunable is not None and layer_idx == self._prunable[-1]:
             self._prune_by_search()
 
@@ -286,12 +289,18 @@ class PrefixKVCache(Cache):
         self._set_prunable(list(range(len(types))))
 
     def _ratio(self, layer_idx: int) -> float:
-        """Keep ratio of a layer by the profile."""
-        assert self._keep is not None
+        """Keep ratio of a layer for a first prompt; without a profile the budget, which is then 1."""
+        if self._keep is None:
+            return self.budget
         return self._keep[layer_idx if self._prunable is None else self._prunable.index(layer_idx)]
 
     def _keeps_all(self, layer_idx: int) -> bool:
-        return self.budget == 1.0 or (self._keep is not None and self._ratio(layer_idx) == 1.0)
+        return self._ratio(layer_idx) == 1.0
+
+    def _pruned(self, layer_idx: int) -> PrunedLayer:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, PrunedLayer), "only the keys of pruned layers are handed out"
+        return layer
 
     def _padding_of(self, mask: Any, batch: int, n_new: int) -> tuple[Tensor | None, list[int]]:
         """Which new tokens are real, and how many in each row. The same mask serves all layers of a forward."""
@@ -307,45 +316,44 @@ class PrefixKVCache(Cache):
         self._padding = (mask, real, lengths)
         return real, lengths
 
-    def _prune_by_ratio(self, layer_idx: int) -> None:
-        layer = self.layers[layer_idx]
-        prompt = layer.prompt
-        # A later prompt goes by the ratios that its rows have; and the sink is the first prompt's.
-        ratios = layer.keep_ratios or [1.0 if self._keeps_all(layer_idx) else self._ratio(layer_idx)] * layer.batch_size
+    def _prune_by_ratio(self, layer: PrunedLayer, prompt: Prompt, first_ratio: float) -> None:
+        # A later prompt goes by the ratios that its rows have already; and the sink is the first prompt's.
+        ratios = layer.keep_ratios or [first_ratio] * layer.batch_size
         sink = 0 if layer.keep_ratios else self.sink
         counts = [_prompt_count(ratio, length, sink) for ratio, length in zip(ratios, prompt.lengths, strict=True)]
-        self._prune(layer, counts, ratios, sink)
+        self._prune(layer, prompt, counts, ratios, sink)
 
     def _prune_by_search(self) -> None:
         """Each row of the first prompt gets lengths of its own, by the search on its own importance."""
-        layers = [layer for layer in self.layers if isinstance(layer, PrunedLayer) and layer.prompt is not None]
-        first = layers[0].prompt
-        importance = torch.stack([layer.prompt.importance.to("cpu") for layer in layers], dim=1).double()
-        real = None if first.real is None else first.real.to("cpu")
-        counts = []
-        for row, length in enumerate(first.lengths):
-            own = importance[row] if real is None else importance[row][:, real[row]]
-            counts.append(_search_row(own, self.budget, self.sink) if length else [0] * len(layers))
-        for layer, of_rows in zip(layers, zip(*counts, strict=True), strict=True):
-            ratios = [count / length if length else 1.0 for count, length in zip(of_rows, first.lengths, strict=True)]
-            self._prune(layer, list(of_rows), ratios, self.sink)
+        waiting = self._waiting()
+        prompts = [layer.prompt for layer in waiting if layer.prompt is not None]
+        lengths, real = prompts[0].lengths, prompts[0].real
+        importance = torch.stack([prompt.importance.cpu() for prompt in prompts if prompt.importance is not None], 1)
+        columns = torch.ones_like(importance[:, 0], dtype=torch.bool) if real is None else real.cpu()
+        found = [
+            _search_row(of_row[:, own], self.budget, self.sink) if length else [0] * len(waiting)
+            for of_row, own, length in zip(importance, columns, lengths, strict=True)
+        ]
+        for layer, prompt, counts in zip(waiting, prompts, zip(*found, strict=True), strict=True):
+            ratios = [count / length if length else 1.0 for count, length in zip(counts, lengths, strict=True)]
+            self._prune(layer, prompt, list(counts), ratios, self.sink)
 
-    def _prune(self, layer: PrunedLayer, counts: list[int], ratios: list[float], sink: int) -> None:
-        prompt = layer.prompt
-        assert prompt is not None
+    def _prune(self, layer: PrunedLayer, prompt: Prompt, counts: list[int], ratios: list[float], sink: int) -> None:
         importance = None if counts == prompt.lengths else prompt.importance
-        kept = select_keys(
-            importance, counts, real=prompt.real, sink=sink, n_keys=prompt.n_new, device=prompt.keys.device
-        )
+        device = prompt.keys.device
+        kept = select_keys(importance, counts, real=prompt.real, sink=sink, n_keys=prompt.n_new, device=device)
         layer.prune(kept, counts, ratios)
+
+    def _waiting(self) -> list[PrunedLayer]:
+        """Layers whose prompt is not pruned yet."""
+        return [layer for layer in self.layers if isinstance(layer, PrunedLayer) and layer.prompt is not None]
 
     def _settle(self, layer_idx: int | None = None) -> None:
         """Prune what still waits for the end of the search; refuse to go on where the attention was never seen."""
-        waiting = [layer for layer in self.layers if isinstance(layer, PrunedLayer) and layer.prompt is not None]
-        unseen = [index for index, layer in enumerate(self.layers) if layer in waiting and not layer.prompt.attended]
-        if unseen:
-            raise RuntimeError(_unseen_message(unseen[0] if layer_idx is None else layer_idx))
-        if waiting:
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PrunedLayer) and layer.prompt is not None and not layer.prompt.attended:
+                raise RuntimeError(_unseen_message(index if layer_idx is None else layer_idx))
+        if self._waiting():
             self._prune_by_search()
 
 
@@ -397,7 +405,7 @@ def _bundled_profile(config: Any) -> PrefixProfile | None:
 def _check_queries(queries: Any) -> int | str:
     if queries == "all":
         return queries
-    if isinstance(queries, numbers.Integral) and not isinstance(queries, bool) and queries >= 1:
+    if isinstance(queries, numbers.Integral) and not isinstance(queries, bool) and int(queries) >= 1:
         return int(queries)
     raise (ValueError if isinstance(queries, (str, numbers.Integral)) else TypeError)(
         f"queries must be 'all' or how many of the prompt's last tokens count, at least 1; got {queries!r}"
@@ -407,7 +415,7 @@ def _check_queries(queries: Any) -> int | str:
 def _check_integer(name: str, value: Any, least: int) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} must be at least {least}; got {value!r}")
     return int(value)
 

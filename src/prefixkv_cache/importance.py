@@ -49,7 +49,7 @@ def attention_importance(
     """
     batch, query_heads, _, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
-    scaling = head_dim**-0.5 if scaling is None else scaling
+    factor = head_dim**-0.5 if scaling is None else scaling
     query, mask, weight, causal_end = _queries_that_count(query, mask, n_keys, queries, real)
     group = query_heads // kv_heads
     total = torch.zeros(batch, n_keys, dtype=torch.float32, device=key.device)
@@ -59,7 +59,7 @@ def attention_importance(
         for span in steps:
             # Under the plain causal mask nobody in this span sees the keys behind its last query.
             seen = n_keys if causal_end is None else min(n_keys, int(causal_end[span].max()))
-            scores = _scores(query[rows, :, span], piece_of_keys[:, :, :seen], heads, group, scaling)
+            scores = _scores(query[rows, :, span], piece_of_keys[:, :, :seen], heads, group, factor)
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
             _hide(scores, mask, causal_end, rows, heads, span, group)

@@ -41,6 +41,36 @@ class Prompt:
     lengths: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Buffers:
+    """Where a layer's pairs lie: slots in use first, spare ones behind them.
+
+    Attributes:
+        keys, values: [batch, heads, capacity, head_dim]; finite numbers in every slot, also where it holds nothing.
+        positions: int64 [batch, capacity], the logical position of each slot's pair, -1 where a slot holds nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    def take(self, columns: Tensor) -> Buffers:
+        """New buffers, with spare room, of these columns: int64 [batch, n], -1 for slots that hold nothing."""
+        index = _padded(columns)
+        positions = self.positions.gather(1, index.clamp_min(0)).masked_fill_(index < 0, -1)
+        # Slots that hold nothing become copies of the first pair: what is masked out must still be a finite number.
+        index.clamp_min_(0)
+        return Buffers(_take(self.keys, index), _take(self.values, index), positions)
+
+    def rows(self, indices: Tensor) -> Buffers:
+        """New buffers of these rows, int64 [n]."""
+        return Buffers(*(tensor.index_select(0, indices) for tensor in (self.keys, self.values, self.positions)))
+
+    def grown(self) -> Buffers:
+        """The same pairs with new spare room behind them."""
+        return Buffers(_padded(self.keys, 2, 0), _padded(self.values, 2, 0), _padded(self.positions))
+
+
 class PrunedLayer(CacheLayerMixin):
     """Keys and values of one decoder layer, pruned to a length of its own.
 
@@ -57,12 +87,9 @@ class PrunedLayer(CacheLayerMixin):
     def __init__(self, distance: int | None = 25):
         self.distance = distance
         self._clear()
-        super().__init__()
 
     def _clear(self) -> None:
-        self._keys: Tensor | None = None  # [batch, heads, capacity, head_dim]
-        self._values: Tensor | None = None
-        self._positions: Tensor | None = None  # int64 [batch, capacity], -1 where a slot holds nothing
+        self._buffers: Buffers | None = None
         self._rows: list[FixedPointEviction] = []  # one for each row, or one for all where all have the same numbers
         self._width = 0  # slots in use, by the longest row
         self._in_place = True  # slot i holds position i in every row, so that a mask needs no remapping
@@ -70,28 +97,21 @@ class PrunedLayer(CacheLayerMixin):
         self.prompt: Prompt | None = None
         self.is_initialized = False
 
-    # What transformers reads. `keys` and `values` are views of the part of the buffers that is in use.
+    # What transformers reads.
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """[batch, heads, stored, head_dim], or None before the first prompt."""
-        return self.prompt.keys if self.prompt else self._in_use(self._keys)
-
-    @keys.setter
-    def keys(self, tensor: Tensor | None) -> None:
-        self._keys = tensor
+        if self.prompt is not None:
+            return self.prompt.keys
+        return None if self._buffers is None else self._buffers.keys[:, :, : self._width]
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """[batch, heads, stored, head_dim], or None before the first prompt."""
-        return self.prompt.values if self.prompt else self._in_use(self._values)
-
-    @values.setter
-    def values(self, tensor: Tensor | None) -> None:
-        self._values = tensor
-
-    def _in_use(self, buffer: Tensor | None) -> Tensor | None:
-        return None if buffer is None else buffer[:, :, : self._width]
+        if self.prompt is not None:
+            return self.prompt.values
+        return None if self._buffers is None else self._buffers.values[:, :, : self._width]
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: where the next token's position starts."""
@@ -108,19 +128,18 @@ class PrunedLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows of the batch, 0 before the first prompt."""
-        keys = self.prompt.keys if self.prompt else self._keys
-        return 0 if keys is None else keys.shape[0]
+        return 0 if self.keys is None else self.keys.shape[0]
 
     @property
     def stored(self) -> int:
         """Pairs held, by the longest row; a prompt that is not pruned yet counts whole."""
-        return self.prompt.keys.shape[2] if self.prompt else self._width
+        return 0 if self.keys is None else self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the key and value tensors that are allocated, spare room included."""
-        tensors = (self.prompt.keys, self.prompt.values) if self.prompt else (self._keys, self._values)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        held = self.prompt or self._buffers
+        return 0 if held is None else sum(tensor.numel() * tensor.element_size() for tensor in (held.keys, held.values))
 
     @property
     def ragged(self) -> bool:
@@ -135,15 +154,17 @@ class PrunedLayer(CacheLayerMixin):
 
     def slot_positions(self) -> Tensor:
         """int64 [batch, stored]: the logical position of the pair in each slot, -1 where a slot holds nothing."""
+        stored = (
+            torch.empty(0, 0, dtype=torch.int64) if self._buffers is None else self._stored_positions(self._buffers)
+        )
         if self.prompt is None:
-            return self._empty_positions() if self._positions is None else self._positions[:, : self._width]
-        prompt = self.prompt
-        new = torch.arange(self.seen - prompt.n_new, self.seen, device=prompt.keys.device)
-        new = new.expand(prompt.keys.shape[0], -1)
-        return new if self._positions is None else torch.cat([self._positions[:, : self._width], new], dim=1)
+            return stored
+        new = torch.arange(self.seen - self.prompt.n_new, self.seen, device=self.prompt.keys.device)
+        new = new.expand(self.batch_size, -1)
+        return new if self._buffers is None else torch.cat([stored, new], dim=1)
 
-    def _empty_positions(self) -> Tensor:
-        return torch.empty(0, 0, dtype=torch.int64)
+    def _stored_positions(self, buffers: Buffers) -> Tensor:
+        return buffers.positions[:, : self._width]
 
     @property
     def needs_own_mask(self) -> bool:
@@ -164,7 +185,10 @@ class PrunedLayer(CacheLayerMixin):
         `prune` is called.
 
         Args:
-            key_states, value_states: [batch, heads, n_new, head_dim]. Stored without their autograd history.
+            key_states: [batch, heads, n_new, head_dim]. Stored without its autograd history.
+            value_states: likewise.
+            args: ignored, as transformers' own layers do.
+            kwargs: ignored.
 
         Raises:
             ValueError: the batch is not the one that is stored, or there are no tokens.
@@ -172,15 +196,15 @@ class PrunedLayer(CacheLayerMixin):
         self._check(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._keys is not None and key_states.shape[2] == 1:
-            return self._decode(key_states.detach(), value_states.detach())
+        if self._buffers is not None and key_states.shape[2] == 1:
+            return self._decode(self._buffers, key_states.detach(), value_states.detach())
         return self._begin_prompt(key_states, value_states)
 
     def _check(self, key_states: Tensor) -> None:
         batch, _, n_new, _ = key_states.shape
         if n_new == 0:
             raise ValueError("the prompt has no tokens; a cache layer needs at least one")
-        if self._keys is not None and batch != self.batch_size:
+        if self._buffers is not None and batch != self.batch_size:
             raise ValueError(
                 f"got a batch of {batch} for a cache that holds {self.batch_size} rows; "
                 "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
@@ -188,9 +212,9 @@ class PrunedLayer(CacheLayerMixin):
 
     def _begin_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         n_new = keys.shape[2]
-        if self._keys is not None and self._values is not None:
-            keys = torch.cat([self._keys[:, :, : self._width], keys], dim=2)
-            values = torch.cat([self._values[:, :, : self._width], values], dim=2)
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
         self.prompt = Prompt(keys.detach(), values.detach(), n_new)
         self.seen += n_new
         return keys, values
@@ -209,18 +233,14 @@ class PrunedLayer(CacheLayerMixin):
             raise RuntimeError("there is no prompt to prune: prune() follows the update() of a prompt")
         positions = self.slot_positions()
         n_old = positions.shape[1] - prompt.n_new
-        columns = kept.masked_fill(kept < 0, -1 - n_old) + n_old
+        columns = (kept + n_old).masked_fill_(kept < 0, -1)
         if n_old:
             columns = _close_up(torch.cat([_in_order(positions[:, :n_old]), columns], dim=1))
         held = [old + new for old, new in zip(self._per_row("stored"), counts, strict=True)]
         seen = [old + new for old, new in zip(self._per_row("seen"), prompt.lengths, strict=True)]
 
         self._width = max(held)
-        index = _padded(columns[:, : self._width], self._width)
-        self._positions = positions.gather(1, index.clamp_min(0)).masked_fill_(index < 0, -1)
-        # Spare slots hold copies of the first pair: whatever is masked out must still be a finite number.
-        index.clamp_min_(0)
-        self._keys, self._values = _take(prompt.keys, index), _take(prompt.values, index)
+        self._buffers = Buffers(prompt.keys, prompt.values, positions).take(columns[:, : self._width])
         states = list(zip(held, seen, keep, strict=True))
         states = states[:1] if len(set(states)) == 1 else states
         self._rows = [FixedPointEviction(*state, self.distance) for state in states]
@@ -232,31 +252,27 @@ class PrunedLayer(CacheLayerMixin):
         numbers = [getattr(row, number) for row in self._rows] or [0]
         return numbers if len(numbers) > 1 else numbers * self.batch_size
 
-    def _decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(self, buffers: Buffers, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token: its pair goes to the slot of the pair that leaves, or to the first unused one."""
         slots = [row.next_slot() for row in self._rows]
-        self._width = max(self._width, max(slots) + 1)
-        assert self._keys is not None and self._values is not None and self._positions is not None
-        if self._width > self._keys.shape[2]:
-            self._grow()
+        last = max(slots)
+        if last >= self._width:
+            self._width = last + 1
+            if last >= buffers.keys.shape[2]:
+                buffers = self._buffers = buffers.grown()
         if len(slots) == 1:
-            slot = slots[0]
-            self._keys.select(2, slot).copy_(keys.select(2, 0))
-            self._values.select(2, slot).copy_(values.select(2, 0))
-            self._positions.select(1, slot).fill_(self.seen)
+            buffers.keys.select(2, last).copy_(keys.select(2, 0))
+            buffers.values.select(2, last).copy_(values.select(2, 0))
+            buffers.positions.select(1, last).fill_(self.seen)
         else:
             rows = torch.arange(len(slots), device=keys.device)
             index = torch.tensor(slots, device=keys.device)
-            self._keys[rows, :, index] = keys.select(2, 0)
-            self._values[rows, :, index] = values.select(2, 0)
-            self._positions[rows, index] = self.seen
+            buffers.keys[rows, :, index] = keys.select(2, 0)
+            buffers.values[rows, :, index] = values.select(2, 0)
+            buffers.positions[rows, index] = self.seen
         self._in_place = self._in_place and min(slots) == self.seen
         self.seen += 1
-        return self._keys[:, :, : self._width], self._values[:, :, : self._width]
-
-    def _grow(self) -> None:
-        self._keys, self._values = _padded(self._keys, self._width, 2, 0), _padded(self._values, self._width, 2, 0)
-        self._positions = _padded(self._positions, self._width)
+        return buffers.keys[:, :, : self._width], buffers.values[:, :, : self._width]
 
     # Operations on the batch. An unpruned prompt cannot be reordered: it lives only inside a forward, or, where the
     # lengths are searched on the prompt, until the last layer has been seen.
@@ -275,14 +291,12 @@ class PrunedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices`, int64 or a bool mask over the rows, in that order."""
-        if self._keys is None or self._values is None or self._positions is None:
+        if self._buffers is None:
             return
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
-        on_device = indices.to(self._keys.device)
-        self._keys, self._values = self._keys.index_select(0, on_device), self._values.index_select(0, on_device)
-        self._positions = self._positions.index_select(0, on_device)
+        self._buffers = self._buffers.rows(indices.to(self._buffers.keys.device))
         if len(self._rows) > 1:
             self._rows = [self._rows[row].copy() for row in indices.tolist()]
 
@@ -296,42 +310,34 @@ class PrunedLayer(CacheLayerMixin):
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, from {-self.seen} to 0; got {tokens_to_remove}"
             )
-        if tokens_to_remove == 0 or self._positions is None:
+        if tokens_to_remove == 0 or self._buffers is None:
             return
         end = self.seen + tokens_to_remove
         if end == 0:
             self._clear()
             return
-        positions = self._positions[:, : self._width]
-        columns = positions.masked_fill(positions >= end, -1)
-        self._compact(columns, removed=-tokens_to_remove)
-        self.seen = end
-
-    def _compact(self, positions: Tensor, removed: int) -> None:
-        """Keep the slots whose entry in `positions` is not -1, in the order of their positions."""
+        positions = self._stored_positions(self._buffers)
+        positions = positions.masked_fill(positions >= end, -1)
         held = (positions >= 0).sum(1).tolist()
-        rows = self._rows if len(self._rows) == len(held) else [self._rows[0].copy() for _ in held]
-        self._rows = [row.shortened(stored, removed) for row, stored in zip(rows, held, strict=True)]
-        self._width = max(held)
-        assert self._keys is not None and self._values is not None
-        index = _padded(_in_order(positions)[:, : self._width], self._width)
-        self._positions = positions.gather(1, index.clamp_min(0)).masked_fill_(index < 0, -1)
-        index.clamp_min_(0)
-        self._keys, self._values = _take(self._keys, index), _take(self._values, index)
+        rows = self._rows if len(self._rows) == len(held) else self._rows * len(held)
+        self._rows = [row.shortened(stored, -tokens_to_remove) for row, stored in zip(rows, held, strict=True)]
+        self._width, self.seen = max(held), end
+        self._buffers = self._buffers.take(_in_order(positions)[:, : self._width])
 
     # Offloading of whole layers, as `Cache.offload` and `Cache.prefetch` ask for it.
 
     def offload(self) -> None:
         """Move the buffers to the CPU."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.to("cpu", non_blocking=True)
-            self._values = self._values.to("cpu", non_blocking=True)
+        self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Move the buffers back to the layer's device."""
-        if self._keys is not None and self._values is not None and self._keys.device != self.device:
-            self._keys = self._keys.to(self.device, non_blocking=True)
-            self._values = self._values.to(self.device, non_blocking=True)
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self._buffers is not None and self._buffers.keys.device != device:
+            self._buffers.keys = self._buffers.keys.to(device, non_blocking=True)
+            self._buffers.values = self._buffers.values.to(device, non_blocking=True)
 
 
 def spare_slots(stored: int) -> int:
@@ -339,10 +345,10 @@ def spare_slots(stored: int) -> int:
     return max(60, stored // 10)
 
 
-def _padded(tensor: Tensor, width: int, dim: int = 1, fill: int = -1) -> Tensor:
-    """Make room behind the tensor's last entry in `dim` for a buffer of `width` slots and their spare ones."""
+def _padded(tensor: Tensor, dim: int = 1, fill: int = -1) -> Tensor:
+    """A copy of the tensor with spare slots behind its last one."""
     shape = list(tensor.shape)
-    shape[dim] = width + spare_slots(width) - shape[dim]
+    shape[dim] = spare_slots(shape[dim])
     return torch.cat([tensor, tensor.new_full(shape, fill)], dim=dim)
 
 

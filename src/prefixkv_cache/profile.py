@@ -269,13 +269,13 @@ def _as_table(field: str, value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.float64:
             raise ProfileError(f"{field}: has dtype {value.dtype}; expected torch.float64 (`.double()`)")
-        table = value.detach().to("cpu", copy=True)
+        table = value.detach().cpu()
     else:
         try:
             table = torch.tensor(value, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ProfileError(f"{field}: is no table of numbers ({error}); expected float64 values") from None
-    return table.contiguous() + 0.0  # -0.0 becomes 0.0: equal values, equal bytes
+    return table.contiguous() + 0.0  # a copy in any case; and -0.0 becomes 0.0, so that equal values give equal bytes
 
 
 def _check_shapes(budgets: Sequence[int], keep: Sequence[int]) -> None:

@@ -1,0 +1,147 @@
+"""The `prefixkv` command: arguments in, one call of a module that does the work, an exit status out.
+
+Heavy imports stay inside the commands, so that `--help` answers at once. A mistake in the arguments or files ends in
+one line on standard error and exit status 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; None: those of this process.
+
+    Returns:
+        0, 2 for bad input, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    # Progress bars of loading a model are noise beside the command's own report.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("prefixkv: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
+        if os.environ.get("PREFIXKV_DEBUG"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"prefixkv {arguments.command}: {message}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefixkv", description="Prune the KV cache of vision-language models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (add_arguments, run, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any):
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"prefixkv-cache {version('prefixkv-cache')}")
+        parser.exit()
+
+
+# Arguments that several commands share.
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="folder or hub id of an image-text-to-text model")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", metavar="D", help="such as cpu, cuda:0; default: a GPU if there is one")
+    parser.add_argument("--device-map", metavar="MAP", help="spread the model by accelerate, such as auto")
+    parser.add_argument("--attn-implementation", metavar="A", help="eager, sdpa, ...; default: the model's")
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    from .loading import load_model
+
+    return load_model(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        device_map=arguments.device_map,
+        attn_implementation=arguments.attn_implementation,
+    )
+
+
+def _queries(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+_queries.__name__ = "queries ('all' or an integer)"
+
+
+# prefixkv demo
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=2_000_000_017, help="which scene to draw (default: a held-out one)")
+    parser.add_argument("--out", default="out/demo.png", metavar="PNG", help="picture of what was kept (%(default)s)")
+    parser.add_argument("--model", metavar="M", help="another model folder than the bundled one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for torch")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo.run import run_demo
+
+    run_demo(seed=arguments.seed, out=arguments.out, model_name=arguments.model, threads=arguments.threads)
+
+
+# prefixkv generate
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--budget", type=float, default=0.5, help="fraction of the KV pairs kept, in (0, 1]")
+    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
+    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--compare", action="store_true", help="generate with the full cache, too")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from .generate import run_generate
+
+    run_generate(arguments, lambda: _load(arguments))
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]] = {
+    "demo": (_demo_arguments, _demo, "answer questions about a drawn scene with the full cache and with pruned ones"),
+    "generate": (_generate_arguments, _generate, "generate from a picture and a prompt with a pruned cache"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""From a path or hub id to a model and its processor, and from pictures and words to what `model(**inputs)` takes.
+
+The one way in which every command loads a model, the repo's own included: transformers' Auto classes and the
+processor's chat template. Knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadError(ValueError):
+    """A model, processor or picture that cannot be loaded; the message names it and says why."""
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a model of the image-text-to-text kind, ready to generate, and its processor.
+
+    Args:
+        name: folder, or id on the hub.
+        dtype: `"auto"` (as saved; float32 on a CPU that would have to emulate half precision), or a key of `DTYPES`.
+        device: where to put the whole model; None: a GPU if there is one.
+        device_map: instead of `device`: transformers' own spreading (needs accelerate), such as `"auto"`.
+        attn_implementation: transformers' name of the attention backend; None: the model's default.
+
+    Returns:
+        (model in eval mode, processor)
+
+    Raises:
+        LoadError: there is no such model, or it is not of this kind.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if dtype == "auto" and device_map is None and device == "cpu":
+        # Half-precision arithmetic is slow or missing on most CPUs; the weights are the same numbers.
+        options["dtype"] = torch.float32
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
+        if device_map is None:
+            model.to(device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        raise LoadError(f"cannot load {name!r} as an image-text-to-text model: {_first_line(error)}") from error
+    return model.eval(), processor
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture whole, as RGB.
+
+    Raises:
+        LoadError: there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise LoadError(f"there is no image {os.fspath(path)!r}") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LoadError(f"cannot read {os.fspath(path)!r} as an image: {_first_line(error)}") from None
+
+
+def chat_text(processor: Any, prompt: str, n_images: int = 1) -> str:
+    """The prompt as the model was trained to see it: by the processor's chat template, images before the text.
+
+    A processor without a template gets its image tokens and the prompt, a line each.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return "".join(f"{getattr(processor, 'image_token', '<image>')}\n" for _ in range(n_images)) + prompt
+
+
+def prepare(processor: Any, requests: Sequence[tuple[str, Sequence[Image.Image]]], device: Any = None) -> Any:
+    """What `model(**inputs)` and `model.generate(**inputs)` take, one row a request, padded on the left.
+
+    Args:
+        processor: of the model.
+        requests: (prompt, pictures) for each row.
+        device: where the tensors shall be.
+    """
+    texts = [chat_text(processor, prompt, len(pictures)) for prompt, pictures in requests]
+    pictures = [list(of_row) for _, of_row in requests]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if len(requests) > 1:
+        tokenizer.padding_side = "left"
+    options: dict[str, Any] = {"padding": True} if len(requests) > 1 else {}
+    inputs = processor(text=texts, images=pictures if any(pictures) else None, return_tensors="pt", **options)
+    return inputs.to(device) if device is not None else inputs
+
+
+def image_positions(inputs: Any, config: Any) -> list[list[int]]:
+    """The columns of `input_ids` that hold image tokens, for each row; empty lists where the config names none."""
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        token = getattr(config, "image_token_index", None)
+    return [[] if token is None else (row == token).nonzero().flatten().tolist() for row in inputs["input_ids"]]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
