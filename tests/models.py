@@ -99,7 +99,7 @@ def weights(family):
                 parameter.data.normal_(std=0.25)
             if name.endswith(("q_norm.weight", "k_norm.weight")):  # Gemma 3 scales queries and keys here, by 1 + weight
                 parameter.data.fill_(0.6)
-            if name.endswith("language_model.norm.weight"):  # small logits: their rounding error is to be well under 1e-5
+            if name.endswith("language_model.norm.weight"):  # small logits, with a rounding error well under 1e-5
                 parameter.data.fill_(-0.8 if family == "gemma3" else 0.2)
     model.generation_config.eos_token_id = None  # exactly as many new tokens as asked for
     model.generation_config.pad_token_id = 0

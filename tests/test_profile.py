@@ -550,7 +550,7 @@ HOSTILE = {
             }
         ).encode()
         + b" " * 2**20,
-        struct.pack("<12d", *BUDGETS, *sum(KEEP, [])),
+        struct.pack("<12d", *BUDGETS, *(k for row in KEEP for k in row)),
     ),
     "header longer than the file": struct.pack("<Q", 2000) + b"{}" * 100,
     "deep header": raw(b'{"__metadata__":' + b"[" * 500_000),

@@ -299,6 +299,8 @@ class PrunedLayer(CacheLayerMixin):
         self._buffers = self._buffers.rows(indices.to(self._buffers.keys.device))
         if len(self._rows) > 1:
             self._rows = [self._rows[row].copy() for row in indices.tolist()]
+            # Without the longest rows, the slots that only they used are spare.
+            self._width = max((row.stored for row in self._rows), default=0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.

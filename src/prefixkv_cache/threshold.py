@@ -2,22 +2,28 @@
 
 The search of PrefixKV (arXiv 2412.03409, section 3.3): each layer keeps the shortest prefix of its sorted
 importance whose mass reaches p, and p is as large as the budget allows. Pure functions on importance alone;
-used by the calibrator, and by the cache when it has no profile.
+used by the calibrator, for a grid of budgets at once, and by the cache when it has no profile. Which keys the lengths
+mean is not decided here (selection.py).
 """
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def search_threshold(importance: Tensor, budget: float, *, sink: int = 1) -> tuple[float, Tensor]:
-    """Lengths of all layers for one prompt, by binary search for the largest threshold that fits the budget.
+    """Lengths of all layers for one prompt, from the largest threshold that fits the budget.
 
-    The mass that a layer reaches is a step function of its length, so only the `n_layers * n_keys` values of the
-    cumulative masses can be the answer. The search runs over those, sorted: it ends after log2 of their number,
-    whatever the input. Pairs still free after that (the next step would be one too many) go one by one to the layer
-    whose next key has most mass, ties to the lower layer.
+    The paper bisects p. Only the cumulative masses themselves can be the answer, so they are sorted, once, and the
+    answer is read off: where the bisection would end if it ran for ever, on any input. Where the next step of the
+    threshold would take more pairs than are free (layers that reach the same mass), the free ones go to the layers of
+    that step whose next key has most mass; of equals, to the shorter layer, then to the lower. Lengths are so nested:
+    a larger budget never gives any layer less.
 
     Args:
         importance: [n_layers, n_keys], not negative; a layer need not sum to 1. A layer without any mass counts as
@@ -26,66 +32,111 @@ def search_threshold(importance: Tensor, budget: float, *, sink: int = 1) -> tup
         sink: each layer keeps at least `sink + 1` keys (or all of them where there are fewer).
 
     Returns:
-        (threshold, counts): the mass that every layer reaches, in [0, 1] (0.0 where the least lengths alone use up
-        the budget), and int64 [n_layers], whose total is `round(budget * n_layers * n_keys)`, or the total of the
-        least lengths where that is more.
+        (threshold, counts): the mass p in [0, 1] that every layer reaches, and int64 [n_layers] on the CPU, whose total
+        is `round(budget * n_layers * n_keys)`, or the total of the least lengths where that is more.
 
     Raises:
-        ValueError: importance that is not a matrix with at least one layer and one key, holds nan, inf or negative
-            numbers; a budget outside (0, 1].
+        TypeError: the budget is not a number.
+        ValueError: importance that is not a matrix with at least one layer and one key, or holds nan, inf or negative
+            numbers; a budget outside (0, 1]; a negative sink.
     """
-    mass = _sorted_mass(importance, budget)
-    n_layers, n_keys = mass.shape
-    least = max(0, min(sink + 1, n_keys))
-    target = max(round(budget * n_layers * n_keys), n_layers * least)
-    cumulative = mass.cumsum(1)
-    # Exactly 1 where a layer's mass is complete, whatever the rounding of its sum.
-    cumulative = cumulative / cumulative[:, -1:]
-
-    candidates = cumulative.flatten().sort().values
-    low, high = -1, candidates.numel() - 1  # candidates[low] fits (-1: no threshold at all), above high none does
-    while low < high:
-        middle = (low + high + 1) // 2
-        if int(_prefix_lengths(cumulative, candidates[middle], least).sum()) <= target:
-            low = middle
-        else:
-            high = middle - 1
-    threshold = float(candidates[low]) if low >= 0 else 0.0
-    counts = (
-        _prefix_lengths(cumulative, candidates[low], least)
-        if low >= 0
-        else torch.full((n_layers,), least, dtype=torch.int64)
-    )
-    return threshold, _spend(mass, counts, target)
+    _check_budget(budget)
+    return _Search(importance, sink).at(budget)
 
 
-def _sorted_mass(importance: Tensor, budget: float) -> Tensor:
+def search_lengths(importance: Tensor, budgets: Sequence[float], *, sink: int = 1) -> Tensor:
+    """The lengths that `search_threshold` gives at each of several budgets, for the price of one sorting.
+
+    Args:
+        importance: [n_layers, n_keys], as for `search_threshold`.
+        budgets: fractions kept, each in (0, 1], in any order.
+        sink: as for `search_threshold`.
+
+    Returns:
+        int64 [n_budgets, n_layers] on the CPU; where the budgets rise, no column falls.
+
+    Raises:
+        TypeError, ValueError: as `search_threshold`.
+    """
+    for budget in budgets:
+        _check_budget(budget)
+    search = _Search(importance, sink)
+    counts = torch.empty(len(budgets), search.mass.shape[0], dtype=torch.int64)
+    for row, budget in enumerate(budgets):
+        counts[row] = search.at(budget)[1]
+    return counts
+
+
+def _check_budget(budget: float) -> None:
+    meaning = "budget is the fraction of the KV pairs to keep, in (0, 1]"
+    if not isinstance(budget, numbers.Real):
+        raise TypeError(f"{meaning}; got {budget!r}, of type {type(budget).__name__}")
+    if not 0.0 < budget <= 1.0:  # nan fails every comparison
+        raise ValueError(f"{meaning}; got {budget!r}")
+
+
+class _Search:
+    """What does not depend on the budget: done once, asked for many.
+
+    A layer's next key enters when the threshold passes the mass that the keys before it have reached; the least lengths
+    enter first of all.
+
+    Attributes:
+        mass: float64 [n_layers, n_keys], falling in each layer, each layer's sum 1.
+        before: float64 [n_layers, n_keys], rising in each layer: the mass of the keys before each one, -1 for the least
+            lengths.
+        thresholds: float64 [n_layers * n_keys], the same numbers in rising order.
+    """
+
+    def __init__(self, importance: Tensor, sink: int):
+        if sink < 0:
+            raise ValueError(f"sink is how many first tokens are never pruned, 0 or more; got {sink!r}")
+        self.mass = _sorted_mass(importance)
+        self.n_layers, self.n_keys = self.mass.shape
+        self.least = min(sink + 1, self.n_keys)
+        cumulative = self.mass.cumsum(1)
+        # Exactly 1 where a layer's mass is complete, whatever the rounding of its sum.
+        cumulative /= cumulative[:, -1:].clone()
+        self.before = torch.zeros_like(self.mass)
+        self.before[:, 1:] = cumulative[:, :-1]
+        self.before[:, : self.least] = -1.0
+        self.thresholds = _sorted(self.before.flatten())
+
+    def at(self, budget: float) -> tuple[float, Tensor]:
+        """Threshold and counts for one budget."""
+        target = max(round(float(budget) * self.n_layers * self.n_keys), self.n_layers * self.least)
+        if target == self.thresholds.numel():
+            return 1.0, torch.full((self.n_layers,), self.n_keys)
+        # The first pair that does not fit: any higher threshold would take it, and those equal to it.
+        threshold = self.thresholds[target]
+        lower = torch.searchsorted(self.before, threshold.repeat(self.n_layers, 1)).flatten()
+        return float(threshold), self._spend(lower, threshold, target - int(lower.sum()))
+
+    def _spend(self, counts: Tensor, threshold: Tensor, free: int) -> Tensor:
+        """Give the free pairs to the heaviest of those that the next step of the threshold would take together."""
+        if free == 0:
+            return counts
+        # By place first, so that a stable sort prefers the shorter layer among equals, then the lower.
+        place, layer = (self.before == threshold).T.nonzero(as_tuple=True)
+        heaviest = self.mass[layer, place].argsort(descending=True, stable=True)[:free]
+        return counts + torch.bincount(layer[heaviest], minlength=self.n_layers)
+
+
+def _sorted_mass(importance: Tensor) -> Tensor:
     """float64 [n_layers, n_keys] on the CPU: falling in each layer, each layer's sum 1. Checks the input."""
-    if not 0.0 < float(budget) <= 1.0:
-        raise ValueError(f"budget is the fraction of the KV pairs to keep, in (0, 1]; got {budget!r}")
     if importance.ndim != 2 or 0 in importance.shape:
         raise ValueError(f"importance must be [n_layers, n_keys], both at least 1; got {list(importance.shape)}")
-    mass = importance.detach().to(device="cpu", dtype=torch.float64)
+    importance = importance.detach().to("cpu")
+    # Sorting in float32, where it came so, is half the work and the same order.
+    mass = _sorted(importance if importance.dtype == torch.float32 else importance.double()).flip(1).double()
     if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()):
         raise ValueError("importance must be finite and not negative; got nan, inf or a number below 0")
     # Divided by the peak first, so that the sum of huge numbers stays finite.
-    peak = mass.amax(1, keepdim=True)
+    peak = mass[:, :1]
     mass = torch.where(peak > 0, mass / peak, 1.0)
-    mass = mass / mass.sum(1, keepdim=True)
-    return mass.sort(dim=1, descending=True).values
+    return mass / mass.sum(1, keepdim=True)
 
 
-def _prefix_lengths(cumulative: Tensor, threshold: Tensor, least: int) -> Tensor:
-    """int64 [n_layers]: length of the shortest prefix that reaches the threshold, at least `least`."""
-    return ((cumulative < threshold).sum(1) + 1).clamp_(min=least, max=cumulative.shape[1])
-
-
-def _spend(mass: Tensor, counts: Tensor, target: int) -> Tensor:
-    """Give the pairs that are still free to the heaviest keys not yet kept, ties to the lower layer."""
-    free = target - int(counts.sum())
-    if free <= 0:
-        return counts
-    # Within a layer masses fall, so taking the heaviest remaining keys overall always takes them in order.
-    beyond = torch.arange(mass.shape[1]) >= counts[:, None]
-    heaviest = mass.masked_fill(~beyond, -1.0).flatten().argsort(descending=True, stable=True)[:free]
-    return counts + torch.bincount(heaviest // mass.shape[1], minlength=mass.shape[0])
+def _sorted(values: Tensor) -> Tensor:
+    """Rising along the last dimension. numpy's sort of plain numbers is many times faster than torch's on a CPU."""
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1))
