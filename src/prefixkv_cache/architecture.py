@@ -13,7 +13,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, g
 PRUNABLE = "full_attention"
 
 # Models with attention code of their own, which never asks for transformers' attention function.
-_OWN_ATTENTION = ("git", "blip", "blip_text_model", "blip_2_qformer")
+_OWN_ATTENTION = ("git", "blip", "blip_text_model", "blip_2_qformer", "bloom", "falcon", "mpt")
 # Models that address keys by their absolute index, which pruning would shift.
 _INDEXED = ("indexed_attention", "heavily_compressed_attention", "compressed_sparse_attention")
 
@@ -50,8 +50,8 @@ def layer_types(config: Any) -> list[tuple[str, dict]]:
     """
     text = decoder_config(config)
     types, arguments = get_layer_types_and_kwargs(text)
-    for index in getattr(text, "cross_attention_layers", None) or []:
-        types[index] = "cross_attention"
+    cross = getattr(text, "cross_attention_layers", None) or []
+    types = ["cross_attention" if index in cross else kind for index, kind in enumerate(types)]
     indexed = next((kind for kind in types if kind in _INDEXED), None)
     if indexed is not None:
         raise ValueError(f"{text.model_type} has {indexed} layers, which address keys by index. Use its own cache")

@@ -4,7 +4,8 @@ A `Cache` sees keys and values but never queries. transformers asks `AttentionIn
 function at every attention call; while one of our caches is alive, that method is wrapped here, and the function it
 returns first asks whether the key tensor is one that our cache handed out a moment ago. The mark is an attribute on
 that very tensor object, so recognition is by identity: no other model, cache, vision tower or thread can be taken for
-ours. The model's own backend then computes the attention, unmodified, and the cache may look at what went in.
+ours (latent attention, which shows another tensor, is told by thread, layer and length: see `_recognise`). The model's
+own backend then computes the attention, unmodified, and the cache may look at what went in.
 
 This module decides nothing: which mask a layer gets and what is pruned is up to the cache.
 """
@@ -14,33 +15,79 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-_MARK = "_prefixkv_cache"
+_MARK = "_prefixkv_handed_out"
 _METHOD = "get_interface"
+_this_thread = threading.local()
 
 
 class AttendedCache(Protocol):
     """What the door asks of a cache whose key tensor it recognises."""
 
-    def before_attention(self, layer_idx: int, module: Any, query: Any, mask: Any, backend: str) -> Any:
+    def before_attention(self, handed: HandedOut, module: Any, query: Any, mask: Any, backend: str) -> Any:
         """Return the mask that this layer needs."""
         ...
 
     def after_attention(
-        self, layer_idx: int, module: Any, query: Any, key: Any, mask: Any, options: dict[str, Any]
+        self, handed: HandedOut, module: Any, query: Any, key: Any, mask: Any, options: dict[str, Any]
     ) -> None:
         """Take note of an attention call that has returned."""
         ...
 
 
-def hand_out(key: torch.Tensor, cache: AttendedCache, layer_idx: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class HandedOut:
+    """What a key tensor carries from the cache to the door.
+
+    Attributes:
+        cache: weak, so that a tensor that somebody keeps does not keep the cache.
+        layer_idx: the layer whose keys these are.
+        n_keys: how many.
+        positions: int64 [batch, n_keys], the logical position of each key (-1: none) where the mask must be remapped;
+            None where key i is token i.
+        ragged: whether there is any -1 in `positions`.
+    """
+
+    cache: weakref.ref[AttendedCache]
+    layer_idx: int
+    n_keys: int
+    positions: torch.Tensor | None
+    ragged: bool
+
+
+def hand_out(
+    key: torch.Tensor, cache: AttendedCache, layer_idx: int, positions: torch.Tensor | None, ragged: bool
+) -> torch.Tensor:
     """Mark `key` as the tensor that layer `layer_idx` of `cache` gives to the model; returns it."""
-    setattr(key, _MARK, (weakref.ref(cache), layer_idx))
+    handed = HandedOut(weakref.ref(cache), layer_idx, key.shape[2], positions, ragged)
+    setattr(key, _MARK, handed)
+    _this_thread.newest = handed
     return key
+
+
+def _recognise(module: Any, key: Any) -> HandedOut | None:
+    """Whose key this is: by identity, or None.
+
+    Models with latent attention (MLA) expand the keys after `update`, so the tensor that arrives is another one. For
+    them, and for no others, it counts as ours if it comes to the layer that was last updated in this thread, at the
+    same length.
+    """
+    handed = getattr(key, _MARK, None)
+    if handed is None:
+        newest: HandedOut | None = getattr(_this_thread, "newest", None)
+        latent = getattr(getattr(module, "config", None), "kv_lora_rank", None) is not None
+        if newest is None or not latent:
+            return None
+        if getattr(module, "layer_idx", None) != newest.layer_idx or key.shape[2] != newest.n_keys:
+            return None
+        handed = newest
+    _this_thread.newest = None
+    return handed
 
 
 class _Door:
@@ -99,13 +146,13 @@ def _wrap(original: Callable) -> Callable:
         def attend(
             module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
-            reference, layer_idx = getattr(key, _MARK, (None, 0))
-            cache = None if reference is None else reference()
-            if cache is None:
+            handed = _recognise(module, key)
+            cache = None if handed is None else handed.cache()
+            if handed is None or cache is None:
                 return function(module, query, key, value, attention_mask, *args, **kwargs)
-            mask = cache.before_attention(layer_idx, module, query, attention_mask, attn_implementation or "eager")
+            mask = cache.before_attention(handed, module, query, attention_mask, attn_implementation or "eager")
             output = function(module, query, key, value, mask, *args, **kwargs)
-            cache.after_attention(layer_idx, module, query, key, mask, kwargs)
+            cache.after_attention(handed, module, query, key, mask, kwargs)
             return output
 
         return attend

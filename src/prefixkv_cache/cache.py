@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, layer_types, make_whole_layer
-from .attention import hand_out, hold_door
-from .importance import attention_importance
+from .attention import HandedOut, hand_out, hold_door
+from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .layer import Prompt, PrunedLayer
-from .masks import layer_mask, real_tokens
+from .masks import layer_mask, readable, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
 from .selection import select_keys
 from .threshold import search_threshold
@@ -52,6 +52,8 @@ class PrefixKVCache(Cache):
         distance: the fixed point of decoding lies this many pairs before the prompt's end. None: nothing leaves while
             decoding.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
+        offloading: keep the pairs of all layers but the current one and the next in CPU memory (CUDA only), as
+            transformers' own caches do.
 
     Raises:
         TypeError, ValueError: an argument is not what is described above.
@@ -67,7 +69,8 @@ class PrefixKVCache(Cache):
         queries: int | str = 32,
         sink: int = 1,
         distance: int | None = 25,
-        max_bytes: int = 64 * 2**20,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        offloading: bool = False,
     ):
         self.budget = check_budget(budget)
         self.queries = _check_queries(queries)
@@ -86,7 +89,7 @@ class PrefixKVCache(Cache):
         self._from_config = config is not None
         self._padding: tuple[Any, Tensor | None, list[int]] | None = None
         self._holds_door = False
-        super().__init__(layers=layers)
+        super().__init__(layers=layers, offloading=offloading)
 
     @classmethod
     def for_model(cls, model: Any, budget: float = 0.5, **kwargs: Any) -> PrefixKVCache:
@@ -175,12 +178,32 @@ class PrefixKVCache(Cache):
             raise _wrong_depth(self.profile, f"at least {layer_idx + 1}")
         if layer.prompt is not None:
             self._settle(layer_idx)
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        return hand_out(keys, self, layer_idx), values
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # Taken now: a model that shares keys between layers shows this tensor again after the layer was pruned.
+        positions = layer.slot_positions() if layer.needs_own_mask else None
+        return hand_out(keys, self, layer_idx, positions, layer.ragged), values
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included."""
-        return super().get_seq_length(layer_idx)
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers, for linear layers, which only a config tells of."""
+        self._need_layer(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers, for linear layers, which only a config tells of."""
+        self._need_layer(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """As in transformers, for linear layers, which only a config tells of."""
+        self._need_layer(layer_idx or 0)
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    def _need_layer(self, layer_idx: int) -> None:
+        if layer_idx >= len(self.layers) and not self._from_config:
+            raise ValueError(
+                "this model has linear or convolution layers, which are left whole; "
+                "say so to the cache: PrefixKVCache(..., config=model.config)"
+            )
 
     def reset(self) -> None:
         """Forget all pairs; ready for another, unrelated prompt."""
@@ -226,23 +249,23 @@ class PrefixKVCache(Cache):
 
     # What the door calls.
 
-    def before_attention(self, layer_idx: int, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
+    def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask of this layer: its own columns where it does not hold exactly the tokens seen."""
-        layer = self._pruned(layer_idx)
         if self._prunable is None:
             self._learn(getattr(module, "config", None))
-        prompt = layer.prompt
+        prompt = self._pruned(handed.layer_idx).prompt
         if prompt is not None and not prompt.attended:
             # Read before the columns are taken: padding is told by logical columns.
             prompt.real, prompt.lengths = self._padding_of(mask, query.shape[0], prompt.n_new)
-        if layer.needs_own_mask:
-            return layer_mask(mask, layer.slot_positions(), layer.ragged, query.shape[2], backend)
-        return mask
+        if handed.positions is None:
+            return mask
+        return layer_mask(mask, handed.positions, handed.ragged, query.shape[2], backend)
 
     def after_attention(
-        self, layer_idx: int, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
+        self, handed: HandedOut, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
     ) -> None:
         """Look at a prompt's attention once it has been computed; prune what can be pruned by now."""
+        layer_idx = handed.layer_idx
         layer = self._pruned(layer_idx)
         prompt = layer.prompt
         if prompt is None or prompt.attended:
@@ -251,7 +274,7 @@ class PrefixKVCache(Cache):
             importance = attention_importance(
                 query,
                 key,
-                mask,
+                readable(mask),
                 queries=self.queries,
                 real=prompt.real,
                 scaling=options.get("scaling"),
@@ -335,7 +358,8 @@ class PrefixKVCache(Cache):
             for of_row, own, length in zip(importance, columns, lengths, strict=True)
         ]
         for layer, prompt, counts in zip(waiting, prompts, zip(*found, strict=True), strict=True):
-            ratios = [count / length if length else 1.0 for count, length in zip(counts, lengths, strict=True)]
+            # A row without a token yet (a chunk of padding) cannot be searched; it goes by the mean.
+            ratios = [count / length if length else self.budget for count, length in zip(counts, lengths, strict=True)]
             self._prune(layer, prompt, list(counts), ratios, self.sink)
 
     def _prune(self, layer: PrunedLayer, prompt: Prompt, counts: list[int], ratios: list[float], sink: int) -> None:
@@ -343,6 +367,8 @@ class PrefixKVCache(Cache):
         device = prompt.keys.device
         kept = select_keys(importance, counts, real=prompt.real, sink=sink, n_keys=prompt.n_new, device=device)
         layer.prune(kept, counts, ratios)
+        if self.offloading:
+            layer.offload()
 
     def _waiting(self) -> list[PrunedLayer]:
         """Layers whose prompt is not pruned yet."""

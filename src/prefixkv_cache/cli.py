@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError, ImportError, RuntimeError) as error:
         if os.environ.get("PREFIXKV_DEBUG"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
@@ -138,9 +138,85 @@ def _generate(arguments: argparse.Namespace) -> None:
     run_generate(arguments, lambda: _load(arguments))
 
 
+# prefixkv calibrate
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--data", metavar="FILE", help="LLaVA conversation JSON, MM-Vet JSON, or JSONL of either")
+    parser.add_argument("--images", metavar="DIR", help="where the file's images lie; without --data: all images there")
+    parser.add_argument("--prompt", metavar="TEXT", help="said to every image, instead of what the file says")
+    parser.add_argument("--out", required=True, metavar="P", help="profile to write, a name in .safetensors")
+    parser.add_argument(
+        "--samples", type=_count, default=10, metavar="N", help="records to take, or 'all' (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which records (%(default)s)")
+    parser.add_argument("--budgets", type=_budgets, metavar="B,...", help="grid, fractions kept (default: 0.05 to 1)")
+    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count (32)")
+    parser.add_argument("--sink", type=int, default=1, help="first tokens that are never pruned (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="records in a forward (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted calibration stopped")
+
+
+def _count(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
+_count.__name__ = "count ('all' or an integer)"
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+_budgets.__name__ = "budgets (numbers with commas between)"
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from .calibrate_command import run_calibrate
+
+    run_calibrate(arguments, lambda: _load(arguments))
+
+
+# prefixkv inspect, prefixkv plot
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profile", metavar="P", help="file or bundled name")
+    parser.add_argument(
+        "--budgets", type=_budgets, metavar="B,...", help="at these budgets; default: the profile's own"
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .profile import PrefixProfile
+    from .profile_report import describe_profile
+
+    print(describe_profile(PrefixProfile.load(arguments.profile), arguments.budgets))
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profiles", nargs="+", metavar="P", help="file or bundled name; two are drawn side by side")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    parser.add_argument(
+        "--budgets", type=_budgets, metavar="B,...", help="at these budgets; default: the profile's own"
+    )
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from .profile import PrefixProfile
+    from .profile_report import plot_profiles
+
+    profiles = {name: PrefixProfile.load(name) for name in arguments.profiles}
+    plot_profiles(profiles, arguments.out, arguments.budgets)
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]] = {
     "demo": (_demo_arguments, _demo, "answer questions about a drawn scene with the full cache and with pruned ones"),
     "generate": (_generate_arguments, _generate, "generate from a picture and a prompt with a pruned cache"),
+    "calibrate": (_calibrate_arguments, _calibrate, "make a profile of a model from some pictures and prompts"),
+    "inspect": (_inspect_arguments, _inspect, "print what is in a profile: layers by budget, metadata, checks"),
+    "plot": (_plot_arguments, _plot, "draw the keep ratio by layer for each budget, of one profile or several"),
 }
 
 if __name__ == "__main__":

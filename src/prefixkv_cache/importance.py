@@ -8,9 +8,14 @@ computes the weights again, a piece at a time, and keeps only their column sums.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from .masks import BlockMaskReader
+
+Mask: TypeAlias = Tensor | BlockMaskReader | None
 
 DEFAULT_MAX_BYTES = 64 * 2**20
 """Ceiling for the temporaries of one call, all of them together."""
@@ -20,7 +25,7 @@ DEFAULT_MAX_BYTES = 64 * 2**20
 def attention_importance(
     query: Tensor,
     key: Tensor,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     *,
     queries: int | str = "all",
     real: Tensor | None = None,
@@ -38,6 +43,7 @@ def attention_importance(
         key: [batch, kv_heads, n_keys, head_dim]; kv_heads divides query_heads. The queries are the last of the keys.
         mask: as the backend receives it: None (causal, aligned at the last key), bool (True: visible) or additive
             float [batch or 1, heads or 1, n_queries, n_keys], or [batch, n_keys] (nonzero: visible, and causal).
+            A flex attention mask comes behind a `BlockMaskReader`.
         queries: `"all"`, or how many of each row's last real queries count.
         real: bool [batch, n_queries], False at padding tokens, whose queries never count. None: no padding.
         scaling: factor on the scores; head_dim ** -0.5 when None.
@@ -69,8 +75,8 @@ def attention_importance(
 
 
 def _queries_that_count(
-    query: Tensor, mask: Tensor | None, n_keys: int, queries: int | str, real: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    query: Tensor, mask: Mask, n_keys: int, queries: int | str, real: Tensor | None
+) -> tuple[Tensor, Mask, Tensor | None, Tensor | None]:
     """Narrow query and mask to the queries that count.
 
     Returns the query, the mask, the weight of each query (bool [batch, n] or None for all ones) and, where only the
@@ -87,7 +93,10 @@ def _queries_that_count(
     window = int(queries)
     if real is None or bool(real[:, -window:].all()):
         last = slice(n_queries - window, n_queries)
-        mask = mask[:, :, last] if mask is not None and mask.ndim == 4 else mask
+        if isinstance(mask, BlockMaskReader):
+            mask = mask.at_queries(torch.arange(last.start, last.stop, device=query.device).expand(len(query), -1))
+        elif mask is not None and mask.ndim == 4:
+            mask = mask[:, :, last]
         return query[:, :, last], mask, None, None if causal_end is None else causal_end[last]
 
     # Rows end at different columns (or have fewer real tokens than the window): pick for each row its own queries.
@@ -95,7 +104,9 @@ def _queries_that_count(
     picks = torch.where(real, columns, -1).topk(window, dim=1).values.flip(1)
     weight, picks = picks >= 0, picks.clamp_min(0).to(query.device)
     query = torch.take_along_dim(query, picks[:, None, :, None], dim=2)
-    if mask is not None and mask.ndim == 4:
+    if isinstance(mask, BlockMaskReader):
+        mask = mask.at_queries(picks)
+    elif mask is not None and mask.ndim == 4:
         mask = torch.take_along_dim(mask, picks[:, None, :, None], dim=2)
     if causal_end is not None:
         causal_end = causal_end.to(picks.device)[picks]
@@ -113,7 +124,7 @@ def _scores(query: Tensor, keys: Tensor, heads: slice, group: int, scaling: floa
 
 def _hide(
     scores: Tensor,
-    mask: Tensor | None,
+    mask: Mask,
     causal_end: Tensor | None,
     rows: slice,
     heads: slice,
@@ -131,7 +142,10 @@ def _hide(
     if mask.ndim == 2:
         scores.masked_fill_(mask[rows, None, None, None, :n_keys] == 0, -torch.inf)
         return
-    mask = mask[rows if mask.shape[0] > 1 else slice(None), :, span, :n_keys]
+    if isinstance(mask, BlockMaskReader):
+        mask = mask.piece(rows, span, n_keys)
+    else:
+        mask = mask[rows if mask.shape[0] > 1 else slice(None), :, span, :n_keys]
     if mask.shape[1] > 1:
         mask = mask[:, heads.start * group : heads.stop * group].unflatten(1, (-1, group))
     else:

@@ -7,11 +7,50 @@ which each backend takes its mask, and read off which tokens are padding. They k
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 
-def real_tokens(mask: Tensor | None, n_new: int) -> Tensor | None:
+class BlockMaskReader:
+    """A flex attention `BlockMask`, read a piece at a time as if it were a bool tensor [batch, 1, queries, keys].
+
+    Args:
+        mask: the block mask.
+        picks: int64 [batch, n]: which queries it shall be read at; None: all, in order.
+    """
+
+    ndim = 4
+    dtype = torch.bool
+
+    def __init__(self, mask: BlockMask, picks: Tensor | None = None):
+        self._mask, self._picks = mask, picks
+        self.shape = (mask.shape[0], 1, mask.shape[2] if picks is None else picks.shape[1], mask.shape[3])
+
+    def at_queries(self, picks: Tensor) -> BlockMaskReader:
+        """The same mask at other queries only, int64 [batch, n]."""
+        return BlockMaskReader(self._mask, picks)
+
+    def piece(self, rows: slice, span: slice, n_keys: int) -> Tensor:
+        """Bool [rows, 1, span, n_keys]: what these queries of these rows see of the first keys."""
+        n_rows, n_queries = rows.stop - rows.start, span.stop - span.start
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            row, query = b + rows.start, q + span.start
+            return self._mask.mask_mod(row, h, query if self._picks is None else self._picks[row, query], kv)
+
+        # The device is that of the mask's own block table.
+        return create_mask(visible, n_rows, 1, n_queries, n_keys, device=str(self._mask.kv_num_blocks.device))
+
+
+def readable(mask: Any) -> Any:
+    """The mask in a form that importance.py reads: tensors and None as they are, a `BlockMask` behind a reader."""
+    return BlockMaskReader(mask) if isinstance(mask, BlockMask) else mask
+
+
+def real_tokens(mask: Any, n_new: int) -> Tensor | None:
     """Which of the newest `n_new` tokens are real, not padding.
 
     The last query sees every real token and no padding, under causal masks and under prefixes that are seen both
@@ -29,6 +68,10 @@ def real_tokens(mask: Tensor | None, n_new: int) -> Tensor | None:
     """
     if mask is None:
         return None
+    if isinstance(mask, BlockMask):
+        batch, _, n_queries, n_keys = mask.shape
+        last = BlockMaskReader(mask).piece(slice(0, batch), slice(n_queries - 1, n_queries), n_keys)
+        return last[:, 0, 0, -n_new:]
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         kind = f"{list(mask.shape)} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
@@ -43,12 +86,12 @@ def real_tokens(mask: Tensor | None, n_new: int) -> Tensor | None:
     return last.bool()
 
 
-def layer_mask(mask: Tensor | None, positions: Tensor, ragged: bool, n_queries: int, backend: str) -> Tensor | None:
+def layer_mask(mask: Any, positions: Tensor, ragged: bool, n_queries: int, backend: str) -> Any:
     """The mask of one layer: the columns of its stored pairs, slots that hold nothing hidden.
 
     Args:
         mask: None, bool (True: visible) or additive float [batch or 1, heads or 1, n_queries, seen], or
-            [batch, seen] (nonzero: visible; flash attention).
+            [batch, seen] (nonzero: visible; flash attention), or a flex attention `BlockMask`.
         positions: int64 [batch, stored]: the logical column of each stored pair, -1 where a slot holds nothing. The
             newest tokens stand last.
         ragged: whether there is any -1 in `positions`.
@@ -66,6 +109,8 @@ def layer_mask(mask: Tensor | None, positions: Tensor, ragged: bool, n_queries: 
         # Backends align a causal mask that they make themselves at column n_queries, not at the stored length.
         newest = positions[:, -n_queries:, None]
         return ((positions[:, None, :] <= newest) & (positions >= 0)[:, None, :])[:, None]
+    if isinstance(mask, BlockMask):
+        return _own_block_mask(mask, positions, n_queries)
     columns = positions.clamp_min(0) if ragged else positions
     if mask.ndim == 2:
         own = mask.expand(positions.shape[0], -1).gather(1, columns)
@@ -76,3 +121,12 @@ def layer_mask(mask: Tensor | None, positions: Tensor, ragged: bool, n_queries: 
         return own
     hidden = False if own.dtype == torch.bool else torch.finfo(own.dtype).min
     return own.masked_fill((positions < 0)[:, None, None, :], hidden)
+
+
+def _own_block_mask(mask: BlockMask, positions: Tensor, n_queries: int) -> BlockMask:
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        position = positions[b, kv]
+        return (position >= 0) & mask.mask_mod(b, h, q, position.clamp_min(0))
+
+    batch, stored = positions.shape
+    return create_block_mask(visible, batch, None, n_queries, stored, device=str(positions.device))
