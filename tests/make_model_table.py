@@ -47,7 +47,8 @@ class Masked:
     A call belongs to a layer by its module's `layer_idx`, or to the layer whose keys it shares.
     """
 
-    def __init__(self):
+    def __init__(self, cache=None):
+        self.cache = cache
         self.visible = {}  # layer -> bool [batch, keys]
         self.touched = set()
         self.weights = {}  # layer -> attention weights of the last forward, where the backend returns any
@@ -60,8 +61,7 @@ class Masked:
 
             def attend(module, query, key, value, attention_mask=None, *args, **kwargs):
                 layer = getattr(module, "layer_idx", None)
-                source = getattr(module, "kv_shared_layer_index", None)
-                source = layer if source is None else source
+                source = self.owner(key, layer)
                 visible = self.visible.get(source)
                 if visible is not None and visible.shape[1] == key.shape[-2]:
                     attention_mask = hide(attention_mask, visible, query, key, attn_implementation)
@@ -76,6 +76,11 @@ class Masked:
         self.patch = patch.object(AttentionInterface, "get_interface", get_interface)
         self.patch.start()
         return self
+
+    def owner(self, key, layer_idx):
+        """The layer whose keys these are: by identity, as the full cache hands out what it holds; else the caller's."""
+        layers = [] if self.cache is None else self.cache.layers
+        return next((at for at, layer in enumerate(layers) if getattr(layer, "keys", None) is key), layer_idx)
 
     def __exit__(self, *_):
         self.patch.stop()
@@ -148,10 +153,10 @@ def run_masked(model, inputs, tokens, log):
 
     hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
     try:
-        with Masked() as masked:
+        with Masked(DynamicCache(config=model.config)) as masked:
             first, second = tokens
-            output = generate(model, inputs, first, DynamicCache(config=model.config))
-            more = generate(model, next_turn(inputs, output.sequences, second[0]), second[1], output.past_key_values)
+            output = generate(model, inputs, first, masked.cache)
+            more = generate(model, next_turn(inputs, output.sequences, second[0]), second[1], masked.cache)
     finally:
         for hook in hooks:
             hook.remove()

@@ -70,6 +70,7 @@ _SLIDING_SHARED = {  # the last two layers use the keys of the two before them
     "num_hidden_layers": 6, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # fmt: skip
+_LONG_RANGE = {"rope_parameters.mrope_section": [3, 3, 2], "rope_parameters.mrope_interleaved": True}
 _CONV = {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None, "num_hidden_layers": 4}
 # By the model type of the (sub-)configuration that they belong to; a dot leads into a dictionary.
 OVERRIDES: dict[str, dict] = {
@@ -81,7 +82,7 @@ OVERRIDES: dict[str, dict] = {
     "lfm2": _CONV, "lfm3": _CONV,
     "mistral": {"sliding_window": None}, "mixtral": {"sliding_window": None},
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4},
-    "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_vl_text": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_vl_text": {"head_dim": 16, "rope_parameters.mrope_section": [2, 2, 2, 2]},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "mistral4": {"rope_parameters": None},
     "gemma3n_text": {
@@ -90,11 +91,25 @@ OVERRIDES: dict[str, dict] = {
     "gemma4_text": {**_SLIDING_SHARED, "per_layer_config": {str(at): {"head_dim": 32} for at in (1, 3, 5)}},
     "gemma4_unified_text": {"per_layer_config": {str(at): {"head_dim": 32} for at in (2, 3)},
                             "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention"] * 3, "index_block_size": 4, "index_topk_blocks": 3},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "num_hidden_layers": 4,
+                           "mlp_layer_types": ["dense", "sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 3},
     "mllama_text_model": {"num_hidden_layers": 5, "cross_attention_layers": [1, 4]},
     "step3p5": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
                 "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2, "num_sliding_attention_heads": 4},
     "idefics": {"additional_vocab_size": 0},
+    "evolla": {"use_cache": True},
+    "chameleon": {"vocabulary_map": {"<image>": 130, "IMGIMGA": 131}},
+    "emu3": {"vocabulary_map": {"<image>": 130}}, "emu3_text_model": {},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+                            "full_attention": None},
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-2, 1]]},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "molmo2_text": {"rope_scaling_layers": [0, 1, 2]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 140}, "qwen3_omni_moe_thinker": {"vision_start_token_id": 140},
 }  # fmt: skip
 
 

@@ -1,21 +1,28 @@
 """What a model's config says about its decoder layers: which can be pruned, which are left whole, and what is refused.
 
 Reads configs only; it sees no weights and no tensors. The cache asks it at construction, when it is given a config, and
-once more at the first attention call, where the attention module shows its own config.
+once more at the first attention call, where the attention module shows its own config. Which layer is of which kind is
+transformers' own judgement: the layers that its `DynamicCache` makes for the config.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicCache
 
 PRUNABLE = "full_attention"
 
 # Models with attention code of their own, which never asks for transformers' attention function.
 _OWN_ATTENTION = ("git", "blip", "blip_text_model", "blip_2_qformer", "bloom", "falcon", "mpt")
-# Models that address keys by their absolute index, which pruning would shift.
-_INDEXED = ("indexed_attention", "heavily_compressed_attention", "compressed_sparse_attention")
+_KINDS = {
+    "DynamicLayer": PRUNABLE,
+    "DynamicSlidingWindowLayer": "sliding or chunked attention",
+    "LinearAttentionLayer": "linear attention or convolution",
+    "LinearAttentionAndFullAttentionLayer": "hybrid",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "hybrid sliding",
+    "DummyLayer": "keyless",
+}
 
 
 def decoder_config(config: Any) -> Any:
@@ -40,27 +47,29 @@ def decoder_config(config: Any) -> Any:
     return text
 
 
-def layer_types(config: Any) -> list[tuple[str, dict]]:
-    """Type and constructor arguments of each decoder layer's cache, in transformers' words.
+def cache_layers(config: Any) -> list[tuple[str, Any]]:
+    """Kind of each decoder layer, and the cache layer that transformers itself would use for it.
 
-    A cross-attention layer is told apart as `"cross_attention"`, since transformers' own list does not.
+    The kind is `PRUNABLE` for full self-attention; cross-attention, whose keys stand for no token, is not.
 
     Raises:
         TypeError, ValueError: see `decoder_config`; also a model without a layer that can be pruned.
     """
     text = decoder_config(config)
-    types, arguments = get_layer_types_and_kwargs(text)
+    layers = DynamicCache(config=config).layers
+    kinds = [_KINDS.get(type(layer).__name__, type(layer).__name__) for layer in layers]
     cross = getattr(text, "cross_attention_layers", None) or []
-    types = ["cross_attention" if index in cross else kind for index, kind in enumerate(types)]
-    indexed = next((kind for kind in types if kind in _INDEXED), None)
-    if indexed is not None:
-        raise ValueError(f"{text.model_type} has {indexed} layers, which address keys by index. Use its own cache")
-    if PRUNABLE not in types:
-        found = ", ".join(sorted(set(types))) or "none"
+    kinds = ["cross attention" if index in cross else kind for index, kind in enumerate(kinds)]
+    if "DynamicIndexedLayer" in kinds:
+        raise ValueError(
+            f"{text.model_type} looks keys up by their index, which pruning would shift. Use its own cache"
+        )
+    if PRUNABLE not in kinds:
+        found = ", ".join(sorted(set(kinds))) or "none"
         raise ValueError(f"{text.model_type} has no full-attention layer whose cache could be pruned (layers: {found})")
-    return list(zip(types, arguments, strict=True))
+    return list(zip(kinds, layers, strict=True))
 
 
-def make_whole_layer(kind: str, arguments: dict) -> Any:
-    """The cache layer that transformers itself would use, for a layer that is left whole."""
-    return DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer)(**arguments)
+def whole_layer_kinds(config: Any) -> list[str]:
+    """Kinds of the layers that would be left whole, sorted, each once."""
+    return sorted({kind for kind, _ in cache_layers(config)} - {PRUNABLE})

@@ -61,7 +61,11 @@ class HandedOut:
 
 
 def hand_out(
-    key: torch.Tensor, cache: AttendedCache, layer_idx: int, positions: torch.Tensor | None, ragged: bool
+    key: torch.Tensor,
+    cache: AttendedCache,
+    layer_idx: int,
+    positions: torch.Tensor | None = None,
+    ragged: bool = False,
 ) -> torch.Tensor:
     """Mark `key` as the tensor that layer `layer_idx` of `cache` gives to the model; returns it."""
     handed = HandedOut(weakref.ref(cache), layer_idx, key.shape[2], positions, ragged)

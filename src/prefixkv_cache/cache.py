@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .architecture import PRUNABLE, layer_types, make_whole_layer
+from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
 from .attention import HandedOut, hand_out, hold_door
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .layer import Prompt, PrunedLayer
@@ -83,9 +83,9 @@ class PrefixKVCache(Cache):
         self._prunable: list[int] | None = None
         layers: list[Any] = []
         if config is not None:
-            types = layer_types(config)
-            self._set_prunable([index for index, (kind, _) in enumerate(types) if kind == PRUNABLE])
-            layers = [self._new_layer() if kind == PRUNABLE else make_whole_layer(kind, kw) for kind, kw in types]
+            found = cache_layers(config)
+            self._set_prunable([index for index, (kind, _) in enumerate(found) if kind == PRUNABLE])
+            layers = [self._new_layer() if kind == PRUNABLE else whole for kind, whole in found]
         self._from_config = config is not None
         self._padding: tuple[Any, Tensor | None, list[int]] | None = None
         self._holds_door = False
@@ -302,14 +302,13 @@ class PrefixKVCache(Cache):
         """Check the model by its attention module's config, where none was given to the constructor."""
         if config is None or not hasattr(config, "get_text_config") or not hasattr(config, "num_hidden_layers"):
             return
-        types = [kind for kind, _ in layer_types(config)]
-        others = sorted({kind for kind in types if kind != PRUNABLE})
+        others = whole_layer_kinds(config)
         if others:
             raise ValueError(
-                f"{config.model_type} has {', '.join(others)} layers, which are left whole; "
+                f"{config.model_type} has layers that are left whole ({', '.join(others)}); "
                 "say so to the cache: PrefixKVCache(..., config=model.config)"
             )
-        self._set_prunable(list(range(len(types))))
+        self._set_prunable(list(range(len(cache_layers(config)))))
 
     def _ratio(self, layer_idx: int) -> float:
         """Keep ratio of a layer for a first prompt; without a profile the budget, which is then 1."""
@@ -418,7 +417,7 @@ def _wrong_depth(profile: PrefixProfile | None, found: str) -> ProfileError:
 def _bundled_profile(config: Any) -> PrefixProfile | None:
     path = str(getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", ""))
     words = re.split(r"[/\\]", path.lower().rstrip("/\\"))
-    depth = sum(kind == PRUNABLE for kind, _ in layer_types(config))
+    depth = sum(kind == PRUNABLE for kind, _ in cache_layers(config))
     for name in PrefixProfile.available():
         # "llava-1.5-7b" is the profile of "llava-hf/llava-1.5-7b-hf", and not of ".../llava-1.5-7bit".
         if any(re.search(rf"(^|[^a-z0-9.]){re.escape(name)}($|[^a-z0-9.])", word) for word in words):

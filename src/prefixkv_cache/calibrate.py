@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from .architecture import layer_types
+from .architecture import cache_layers
 from .calibration_state import CalibrationState, Measurement, fingerprint_model
 from .importance import DEFAULT_MAX_BYTES
 from .observe import UnobservedAttentionError, observe
@@ -119,7 +119,7 @@ def calibrate(
         UnobservedAttentionError: the model computes attention by code of its own.
     """
     settings = Settings(tuple(budgets), queries, sink, max_bytes)
-    layer_types(model.config)  # what cannot be calibrated is refused before the first sample is looked at
+    cache_layers(model.config)  # what cannot be calibrated is refused before the first sample is looked at
     state = CalibrationState(state_file, fingerprint_calibration(model, settings) if state_file else {})
     if resume:
         state.read()

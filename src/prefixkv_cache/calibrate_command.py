@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from .architecture import layer_types
+from .architecture import cache_layers
 from .calibrate import (
     Job,
     Settings,
@@ -64,7 +64,7 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
         report = _Report(processes, len(records))
         report.say(f"loading {arguments.model}")
         model, processor = load()
-        layer_types(model.config)
+        cache_layers(model.config)
         state = _open_state(model, settings, records, out, processes, arguments.resume)
         report.say(f"calibrating on {len(records)} of {len(all_records)} records, {len(state)} of them done before")
         jobs = _jobs(records, arguments.batch_size, processes, model, processor)

@@ -125,6 +125,10 @@ class PrunedLayer(CacheLayerMixin):
         """-1: there is no maximum."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """What `get_max_length` was called in older transformers."""
+        return -1
+
     @property
     def batch_size(self) -> int:
         """Rows of the batch, 0 before the first prompt."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .architecture import PRUNABLE, layer_types, make_whole_layer
-from .attention import hand_out, hold_door
+from .architecture import PRUNABLE, cache_layers
+from .attention import HandedOut, hand_out, hold_door
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .masks import readable, real_tokens
 
@@ -121,6 +121,10 @@ class ObservingLayer(CacheLayerMixin):
         """-1: there is no maximum."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """What `get_max_length` was called in older transformers."""
+        return -1
+
 
 class ObservingCache(Cache):
     """For one forward of one prompt: an `ObservingLayer` where a layer can be pruned, and transformers' own elsewhere.
@@ -139,14 +143,12 @@ class ObservingCache(Cache):
     """
 
     def __init__(self, config: Any, *, queries: int | str, max_bytes: int):
-        types = layer_types(config)
-        self.prunable = [index for index, (kind, _) in enumerate(types) if kind == PRUNABLE]
+        found = cache_layers(config)
+        self.prunable = [index for index, (kind, _) in enumerate(found) if kind == PRUNABLE]
         self.importance: dict[int, Tensor] = {}
         self.real: Tensor | None = None
         self._queries, self._max_bytes = queries, max_bytes
-        layers: list[Any] = [
-            ObservingLayer() if kind == PRUNABLE else make_whole_layer(kind, given) for kind, given in types
-        ]
+        layers: list[Any] = [ObservingLayer() if kind == PRUNABLE else whole for kind, whole in found]
         super().__init__(layers=layers)
         hold_door(self)
 
@@ -157,7 +159,7 @@ class ObservingCache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return (hand_out(keys, self, layer_idx) if layer_idx in self.prunable else keys), values
 
-    def before_attention(self, layer_idx: int, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
+    def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask as it is; which tokens are padding is read off the first one."""
         if not self.importance:
             real = real_tokens(mask, query.shape[2])
@@ -165,12 +167,12 @@ class ObservingCache(Cache):
         return mask
 
     def after_attention(
-        self, layer_idx: int, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
+        self, handed: HandedOut, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
     ) -> None:
         """Compute the importance of this layer's keys. Layers that share keys count once, where the keys were made."""
-        if layer_idx in self.importance:
+        if handed.layer_idx in self.importance:
             return
-        self.importance[layer_idx] = attention_importance(
+        self.importance[handed.layer_idx] = attention_importance(
             query,
             key,
             readable(mask),

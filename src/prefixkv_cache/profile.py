@@ -237,6 +237,45 @@ class PrefixProfile:
                 temporary.unlink(missing_ok=True)
             raise
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, filename: str = "prefixkv-profile.safetensors", **kwargs: Any
+    ) -> PrefixProfile:
+        """Read the profile that lies beside a model: in a folder, or in a repository on the Hugging Face hub.
+
+        Args:
+            source: a folder, a profile file, or a repository's id such as `"me/llava-1.5-7b-prefixkv"`.
+            filename: the profile's name in the folder or repository.
+            kwargs: what `huggingface_hub.hf_hub_download` takes, such as `revision`, `token`, `cache_dir`,
+                `local_files_only`.
+
+        Raises:
+            ProfileError: there is no such file, folder or repository, or it cannot be reached, or the file breaks the
+                format.
+        """
+        from .hub import find_profile
+
+        return cls.load(find_profile(source, filename, **kwargs))
+
+    def push_to_hub(self, repo_id: str, *, filename: str = "prefixkv-profile.safetensors", **kwargs: Any) -> str:
+        """Upload the profile to a repository on the Hugging Face hub, which is made if there is none.
+
+        Args:
+            repo_id: such as `"me/llava-1.5-7b-prefixkv"`; the model's own repository will do.
+            filename: the profile's name in the repository; it must end in `.safetensors`.
+            kwargs: `private` (a new repository's visibility), `token`, and what `huggingface_hub.HfApi.upload_file`
+                takes, such as `revision`, `commit_message`, `create_pr`.
+
+        Returns:
+            The web address of the commit.
+
+        Raises:
+            ProfileError: the name is not one of a profile, or the hub refuses; the message says why.
+        """
+        from .hub import upload_profile
+
+        return upload_profile(self._to_bytes(), repo_id, filename, **kwargs)
+
     @staticmethod
     def available() -> list[str]:
         """Return the names of the bundled profiles, sorted."""

@@ -133,10 +133,12 @@ def plot_profiles(
 
 def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float]) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     colors = colormaps["viridis"]
     layers = list(range(profile.n_layers))
     spread = dict(zip(profile.budgets.tolist(), read_spread(profile) or [], strict=False))
+    ends = []
     # Everything is kept at 1: a line along the upper edge says nothing.
     for budget in [each for each in budgets if each < 1] or budgets:
         keep = profile.keep_ratios(budget).tolist()
@@ -146,18 +148,36 @@ def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float
             low = [max(ratio - deviation, 0) for ratio, deviation in zip(keep, spread[budget], strict=True)]
             high = [min(ratio + deviation, 1) for ratio, deviation in zip(keep, spread[budget], strict=True)]
             panel.fill_between(layers, low, high, color=color, alpha=0.10, linewidth=0)
+        ends.append((keep[-1], f"{budget:g}", color))
+    for height, (ratio, text, color) in zip(_apart([ratio for ratio, _, _ in ends]), ends, strict=True):
         panel.annotate(
-            f"{budget:g}", (layers[-1], keep[-1]), xytext=(6, 0), textcoords="offset points", color=color,
+            text, (layers[-1], ratio), xytext=(layers[-1] + 0.022 * max(len(layers), 8), height), color=color,
             fontsize=8, va="center",
         )  # fmt: skip
     metadata = profile.metadata
     title = name if metadata["model"] == "unknown" else metadata["model"]
     panel.set_title(
-        f"{_plain(title)}\nqueries: {metadata['queries']}, samples: {metadata['samples']}", fontsize=10, loc="left"
+        f"{_plain(title)}\nqueries: {metadata['queries']}, samples: {metadata['samples']}",
+        fontsize=10,
+        loc="left",
+        parse_math=False,
     )
     panel.set_xlabel("layer")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlim(-0.02 * max(len(layers), 8), (len(layers) - 1) + 0.06 * max(len(layers), 8))
     panel.set_ylim(0, 1.02)
     panel.grid(True, linewidth=0.4, alpha=0.4)
     panel.spines[["top", "right"]].set_visible(False)
     panel.text(1.0, 1.005, "budget", transform=panel.transAxes, fontsize=8, ha="right", va="bottom", color="0.4")
+
+
+def _apart(heights: Sequence[float], distance: float = 0.036) -> list[float]:
+    """Rising heights, moved up just so far that labels at them do not overlap, and all down again below the edge."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + distance) if placed else height)
+    limit = 1.0
+    for place in reversed(range(len(placed))):
+        placed[place] = min(placed[place], limit)
+        limit = placed[place] - distance
+    return placed
