@@ -46,6 +46,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from prefixkv_cache.demo import scenes
 from prefixkv_cache.demo.scenes import Scene
@@ -307,6 +308,54 @@ class PatchReader(nn.Module):
         return (torch.stack(losses).sum(0) * weight.flatten()).sum() / weight.sum()
 
 
+class Focus:
+    """How widely the decoder's heads look over the picture, as a loss: mean entropy (nats) over the image keys.
+
+    These scenes are small enough to be read by averaging all image tokens in every head, and left alone the decoder
+    does just that: its attention stays uniform. Large models do not have that way out, so a small price is put on it.
+    The attention is computed again for a sample of the queries, from what went into each attention layer.
+    """
+
+    def __init__(self, decoder: nn.Module, start: int, texts: int = 32, images: int = 16) -> None:
+        self.start, self.texts, self.images = start, texts, images
+        self.calls: list[tuple] = []
+        for layer in decoder.layers:
+            layer.self_attn.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls.append((attention, kwargs["hidden_states"], *kwargs["position_embeddings"]))
+
+    def loss(self, real: torch.Tensor) -> torch.Tensor:
+        """Over the layers of the last forward; `real` is [batch, tokens], False at padding. Forgets that forward."""
+        end = self.start + IMAGE_TOKENS
+        picked = torch.cat(
+            [
+                torch.randint(self.start + IMAGE_TOKENS // 2, end, (self.images,)),
+                torch.randint(end, real.shape[1], (self.texts,)),
+            ]
+        ).to(real.device)
+        weight = real[:, picked].float()[:, None].expand(-1, self.calls[0][0].config.num_attention_heads, -1)
+        entropies = torch.stack([self.entropy(*call, picked) for call in self.calls])
+        self.calls.clear()
+        return (F.relu(entropies - 1.0) * weight).sum() / weight.sum() / len(entropies)
+
+    def entropy(self, attention, hidden, cos, sin, picked: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, picked] of one layer."""
+        keys = torch.arange(self.start, self.start + IMAGE_TOKENS, device=hidden.device)
+        query = turned(attention.q_proj, hidden, cos, sin, picked, attention.head_dim)
+        key = turned(attention.k_proj, hidden, cos, sin, keys, attention.head_dim)
+        logits = (query @ key.transpose(-1, -2)).float() * attention.scaling
+        logits = logits.masked_fill(keys[None, :] > picked[:, None], -1e9)
+        log = logits.log_softmax(-1)
+        return -(log.exp() * log).sum(-1)
+
+
+def turned(project: nn.Module, hidden, cos, sin, at: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Queries or keys of the tokens `at`, rotary positions applied: [batch, heads, at, head_dim]."""
+    heads = project(hidden[:, at]).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return apply_rotary_pos_emb(heads, heads, cos[:, at], sin[:, at])[0]
+
+
 @dataclass
 class Plan:
     """The schedule, as functions of the share of the run that is done (0 to 1)."""
@@ -314,6 +363,7 @@ class Plan:
     eyes: float = 0.12  # share of the run that is stage one
     peak_rate: float = 1.5e-3
     warmup: float = 0.01
+    focus: float = 0.02
 
     def rate(self, done: float) -> float:
         """Learning rate: a warm-up at the start of each stage, then a cosine down to 1 % of the peak."""
@@ -324,6 +374,10 @@ class Plan:
     def objects(self, done: float) -> tuple[int, int]:
         """Fewest and most objects in a scene: few words to tell apart at first, the real task soon."""
         return (1, 4) if self.eyes < done < self.eyes + 0.08 else (2, 7) if done < 0.5 else (4, 7)
+
+    def focus_weight(self, done: float) -> float:
+        """Price of a wide look: none until the model reads, then rising to its full value."""
+        return self.focus * min(1.0, max(0.0, done - 0.46) / 0.06)
 
     def patch_weight(self, done: float) -> float:
         """Weight of the image tokens' own loss: all of it in stage one, gone at two thirds of the run."""
@@ -342,6 +396,7 @@ class Trainer:
         self.model = build_model(self.processor.tokenizer).to(self.device)
         self.reader = PatchReader(self.model.config.text_config.hidden_size).to(self.device)
         self.maker = BatchMaker(self.processor.tokenizer.get_vocab(), args.batch_size, args.seed, rank, self.world)
+        self.focus = Focus(self.model.model.language_model, start=len(self.maker.encode(f"<bos>{USER}")))
         self.optimizers = self.build_optimizers()
         self.step, self.seconds = 0, 0.0
 
@@ -416,6 +471,7 @@ class Trainer:
         with self.autocast():
             losses = self.losses(batch, answers=blind)
         total = losses["patch"] * self.plan.patch_weight(done) + losses.get("answer", 0.0)
+        total = total + losses.get("focus", 0.0) * self.plan.focus_weight(done)
         for group in self.groups():
             group["lr"] = self.plan.rate(done)
         for optimizer in self.optimizers:
@@ -434,7 +490,7 @@ class Trainer:
         losses = {"patch": self.reader(features, batch.patches)}
         if answers:
             embeds = inner.get_input_embeddings()(batch.input_ids)
-            start = (batch.input_ids[0] == self.model.config.image_token_id).nonzero()[0].item()
+            start = self.focus.start
             embeds = torch.cat([embeds[:, :start], features, embeds[:, start + IMAGE_TOKENS :]], dim=1)
             hidden = inner.language_model(
                 inputs_embeds=embeds,
@@ -444,6 +500,7 @@ class Trainer:
             ).last_hidden_state
             wanted = batch.labels[:, 1:] != IGNORE
             logits = self.model.lm_head(hidden[:, :-1][wanted])
+            losses["focus"] = self.focus.loss(batch.input_ids != self.model.config.text_config.pad_token_id)
             losses["answer"] = F.cross_entropy(logits.float(), batch.labels[:, 1:][wanted])
         return losses
 

@@ -275,7 +275,7 @@ def measure(model_type, verbose=False):
             finding.remarks.append(f"no {attn}: {brief(error)[:60]}")
             continue
         for rows in (1, 2):
-            inputs = zoo.inputs(model_type, LENGTHS[:rows])
+            inputs = zoo.inputs(model_type, LENGTHS[:rows], model)
             try:
                 model.generate(**inputs, max_new_tokens=2, do_sample=False)
             except Exception as error:

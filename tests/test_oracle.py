@@ -100,7 +100,7 @@ def test_hiding_is_attending_to_the_rest(family):
     log = [{layer: [kept + list(range(61, 61 + step))] for layer in layers} for step in range(4)]
     oracle = Oracle(model, Given(log))
     feed(oracle.model, models.batch(family), models.words(1, 4), oracle.cache)
-    visible = kept + [61, 62, 63]
+    visible = [*kept, 61, 62, 63]
     hidden = [position for position in range(64) if position not in visible]
     for layer in layers:
         weights = oracle.weights[layer][0, :, 0]

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>"]
-WORDS = "what is there in the picture of a red blue green circle square name colour and where how many ? .".split()
+WORDS = ["what", "is", "there", "in", "the", "picture", "a", "red", "blue", "green", "circle", "square", "?", "."]
 TEMPLATE = (
     "<bos>{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"

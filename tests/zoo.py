@@ -57,6 +57,11 @@ SIZES = {
     # reach
     "sliding_window": WINDOW, "attention_chunk_size": WINDOW, "sliding_window_size": WINDOW,
     "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "query_pre_attn_scalar": 16,
+    # images: 16 pixels wide, patches of 4
+    "image_size": 16, "patch_size": 4, "num_position_embeddings": 64, "image_seq_length": 16, "num_patches": 64,
+    "mm_tokens_per_image": 16, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+    "num_global_layers": 1, "alignment_intermediate_size": 64, "image_text_hidden_size": 64, "window_size": 2,
+    "output_channels": 16,
     # vocabularies and the like
     "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
     "num_query_tokens": 4, "resampler_n_latents": 4, "laurel_rank": 4, "num_channels": 3,
@@ -97,6 +102,16 @@ OVERRIDES: dict[str, dict] = {
     "step3p5": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
                 "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2, "num_sliding_attention_heads": 4},
     "idefics": {"additional_vocab_size": 0},
+    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "llava_next": {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192},
+    "qwen2_5_vl_vision": {"window_size": 16, "fullatt_block_indexes": [1]},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1]}, "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 1]},
+    "llama4_vision_model": {"intermediate_size": 256, "projector_input_dim": 64},
+    "siglip2_vision_model": {"num_patches": 64},
+    "aria": {"projector_patch_to_query_dict": {16: 8, 1225: 8, 4900: 8}},
+    "got_ocr2_vision": {"global_attn_indexes": [1]},
     "evolla": {"use_cache": True},
     "chameleon": {"vocabulary_map": {"<image>": 130, "IMGIMGA": 131}},
     "emu3": {"vocabulary_map": {"<image>": 130}}, "emu3_text_model": {},
@@ -154,6 +169,8 @@ def _shrunk(values, text, seen_ids):
             small[name] = 2 if value < values.get("num_attention_heads", value + 1) else 4
         elif name in SIZES and isinstance(value, int):
             small[name] = SIZES[name]
+        elif name in ("image_size", "patch_size"):
+            small[name] = [SIZES[name]] * len(value)
         elif isinstance(value, (list, tuple)) and len(value) == depth and depth > VISION_LAYERS:
             small[name] = [value[index] for index in layers]
         elif re.search(r"(_token_id|_token_index|_token|_id)s?$", name) and name != "model_type":
@@ -244,11 +261,84 @@ def _peak(model):
 ALL_TYPES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | set(TEXT_TYPES))
 
 
-def inputs(model_type, lengths, seed=0):
-    """Left-padded text prompts of these lengths."""
+# How an image goes into the model, by model type; the rest is tested with text alone.
+IMAGES = {
+    **dict.fromkeys(
+        "llava vipllava aya_vision cohere2_vision got_ocr2 internvl paligemma gemma3 shieldgemma2 llama4 deepseek_vl "
+        "ovis2 blip-2 instructblip kosmos-2 lighton_ocr mistral3 janus aria".split(), "square"),
+    **dict.fromkeys("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe glm4v glm4v_moe glm46v exaone4_5".split(), "patches"),
+    **dict.fromkeys("idefics idefics2 idefics3 smolvlm".split(), "list"),
+    **dict.fromkeys("llava_next llava_onevision".split(), "tiles"),
+    "mllama": "mllama",
+    "lfm2_vl": "siglip2",
+}  # fmt: skip
+
+
+def pixels(model_type, config, random):
+    """What the model takes for one image, without the tokens that stand for it."""
+    vision, kind = getattr(config, "vision_config", None), IMAGES[model_type]
+    if kind == "patches":
+        size = vision.temporal_patch_size * 3 * vision.patch_size**2
+        return {"pixel_values": torch.randn(32, size, generator=random), "image_grid_thw": torch.tensor([[1, 4, 8]])}
+    if kind == "list":
+        return {"pixel_values": torch.randn(1, 1, 3, 16, 16, generator=random)}
+    if kind == "tiles":
+        return {"pixel_values": torch.randn(1, 3, 3, 16, 16, generator=random), "image_sizes": torch.tensor([[16, 32]])}
+    if kind == "mllama":
+        return {
+            "pixel_values": torch.randn(1, 1, 4, 3, 16, 16, generator=random),
+            "aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+        }  # fmt: skip
+    if kind == "siglip2":
+        return {
+            "pixel_values": torch.randn(1, 16, 48, generator=random), "spatial_shapes": torch.tensor([[4, 4]]),
+            "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+        }  # fmt: skip
+    made = {"pixel_values": torch.randn(1, 3, 16, 16, generator=random)}
+    if model_type in ("mistral3", "lighton_ocr"):
+        made["image_sizes"] = torch.tensor([[16, 16]])
+    return made
+
+
+def inputs(model_type, lengths, model=None, seed=0):
+    """Left-padded prompts of these lengths; with an image in each where `IMAGES` knows how."""
     random = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
-    rows = [torch.randint(WORDS.start, WORDS.stop, (length,), generator=random).tolist() for length in lengths]
+    rows, images = [], []
+    for length in lengths:
+        row = torch.randint(WORDS.start, WORDS.stop, (length,), generator=random).tolist()
+        if model_type in IMAGES:
+            images.append(pixels(model_type, model.config, random))
+            token = image_token(model.config)
+            n = 0 if token is None else image_tokens(model_type, model, images[-1])
+            row[3 : 3 + n if n < length - 12 else 3] = [token] * n
+        rows.append(row)
+    longest = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
+    made = {"input_ids": ids, "attention_mask": mask}
+    if images:
+        made |= {name: torch.cat([each[name] for each in images]) for name in images[0]}
+        token = image_token(model.config)
+        is_image = torch.zeros_like(ids) if token is None else (ids == token).long()
+        if model_type in ("gemma3", "shieldgemma2", "paligemma"):
+            made["token_type_ids"] = is_image
+        if IMAGES[model_type] == "patches":
+            made["mm_token_type_ids"] = is_image
+        if model_type == "mllama":
+            made["cross_attention_mask"] = mask[:, :, None, None] * torch.tensor([1, 0, 0, 0])
+    return made
+
+
+def image_token(config):
+    return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+
+
+def image_tokens(model_type, model, image):
+    """How many tokens of the prompt an image stands for."""
+    if model_type == "mllama":
+        return 1
+    with torch.no_grad():
+        features = getattr(model, "get_image_features", model.model.get_image_features)(**image)
+    features = getattr(features, "pooler_output", features)
+    features = torch.cat([each.flatten(0, -2) for each in features]) if isinstance(features, (list, tuple)) else features
+    return features.numel() // features.shape[-1]

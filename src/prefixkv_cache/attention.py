@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 from transformers.modeling_utils import AttentionInterface
 
+from .compat import DOOR_METHOD
+
 _MARK = "_prefixkv_handed_out"
-_METHOD = "get_interface"
 _this_thread = threading.local()
 
 
@@ -95,25 +96,25 @@ def _recognise(module: Any, key: Any) -> HandedOut | None:
 
 
 class _Door:
-    """Wraps `AttentionInterface.get_interface` while at least one cache holds the door open."""
+    """Wraps the look-up of attention functions while at least one cache holds the door open."""
 
     def __init__(self) -> None:
-        # Re-entrant, since the garbage collector may run `close` in the thread that holds it.
+        # Re-entrant, since the garbage collector may run `_release` in the thread that holds it.
         self._lock = threading.RLock()
         self._holders = 0
-        self._original: Callable | None = None
         self._wrapper: Callable | None = None
+        self._inherited = False
+        self._original: Callable | None = None
 
     def hold(self, cache: object) -> None:
         """Keep the door open until `cache` is gone."""
-        if not hasattr(AttentionInterface, _METHOD):
-            raise ImportError("prefixkv-cache needs transformers 5.4 or newer (AttentionInterface.get_interface)")
         with self._lock:
             self._holders += 1
             if self._wrapper is None:
-                original = AttentionInterface.__dict__[_METHOD]
+                original = getattr(AttentionInterface, DOOR_METHOD)
+                self._inherited = DOOR_METHOD not in AttentionInterface.__dict__
                 self._original, self._wrapper = original, _wrap(original)
-                setattr(AttentionInterface, _METHOD, self._wrapper)
+                setattr(AttentionInterface, DOOR_METHOD, self._wrapper)
             finalizer = weakref.finalize(cache, self._release)
             finalizer.atexit = False
 
@@ -122,26 +123,26 @@ class _Door:
             self._holders -= 1
             # Somebody who wrapped our wrapper in turn keeps it inside theirs: there it lets everything pass, and serves
             # again for the next cache.
-            if self._holders == 0 and AttentionInterface.__dict__[_METHOD] is self._wrapper:
-                setattr(AttentionInterface, _METHOD, self._original)
-                self._original = self._wrapper = None
+            if self._holders or AttentionInterface.__dict__.get(DOOR_METHOD) is not self._wrapper:
+                return
+            if self._inherited:
+                delattr(AttentionInterface, DOOR_METHOD)
+            else:
+                setattr(AttentionInterface, DOOR_METHOD, self._original)
+            self._original = self._wrapper = None
 
 
 _door = _Door()
 
 
 def hold_door(cache: object) -> None:
-    """Let the attention calls of this cache's layers be seen, for as long as the cache lives.
-
-    Raises:
-        ImportError: this transformers has no `AttentionInterface.get_interface`.
-    """
+    """Let the attention calls of this cache's layers be seen, for as long as the cache lives."""
     _door.hold(cache)
 
 
 def _wrap(original: Callable) -> Callable:
-    def get_interface(self: Any, attn_implementation: str, default: Callable) -> Callable:
-        function = original(self, attn_implementation, default)
+    def look_up(self: Any, attn_implementation: str, *default: Callable) -> Callable:
+        function = original(self, attn_implementation, *default)
         # What others compile is traced as if we were not there.
         if torch.compiler.is_compiling():
             return function
@@ -161,4 +162,4 @@ def _wrap(original: Callable) -> Callable:
 
         return attend
 
-    return get_interface
+    return look_up

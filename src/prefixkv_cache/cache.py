@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
 from .attention import HandedOut, hand_out, hold_door
+from .compat import explain_unseen
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .layer import Prompt, PrunedLayer
 from .masks import layer_mask, readable, real_tokens
@@ -279,6 +280,7 @@ class PrefixKVCache(Cache):
                 real=prompt.real,
                 scaling=options.get("scaling"),
                 softcap=options.get("softcap"),
+                sink_logits=options.get("s_aux"),
                 max_bytes=self.max_bytes,
             )
             prompt.importance = importance[:, -prompt.n_new :]
@@ -446,19 +448,25 @@ def _check_integer(name: str, value: Any, least: int) -> int:
 
 
 def _unseen_message(layer_idx: int) -> str:
+    module = _calling_module()
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "unknown")
     return (
-        f"the attention of layer {layer_idx} ({_calling_module()}) never came through transformers' attention "
-        "interface, so its cache could not be pruned. Either the model computes attention by code of its own (use "
-        "DynamicCache), or an earlier forward was interrupted (call cache.reset())"
+        f"the attention of layer {layer_idx} ({_name(module)}) never came through transformers' attention interface"
+        f"{explain_unseen(implementation)}, so its cache could not be pruned. Either the model computes attention by "
+        "code of its own (use DynamicCache), or an earlier forward was interrupted (call cache.reset())"
     )
 
 
-def _calling_module() -> str:
-    """Class of the torch module on whose behalf the cache is being updated, by the call stack."""
+def _calling_module() -> torch.nn.Module | None:
+    """The torch module on whose behalf the cache is being updated, by the call stack."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, torch.nn.Module):
-            return f"{type(owner).__module__}.{type(owner).__qualname__}"
+            return owner
         frame = frame.f_back
-    return "unknown module"
+    return None
+
+
+def _name(module: torch.nn.Module | None) -> str:
+    return "unknown module" if module is None else f"{type(module).__module__}.{type(module).__qualname__}"

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import count
 from typing import Any
 
 import torch
@@ -152,9 +153,10 @@ class Job:
 
 
 def _one_by_one(samples: Iterable[Mapping[str, Any]]) -> Iterator[Job]:
-    for index, sample in enumerate(samples):
-        yield Job((index,), lambda _, sample=sample: sample)
-        del sample  # before the next one is made
+    indices = count()  # enumerate would hold on to a sample until the next one is made, which is once too often
+    for sample in samples:
+        yield Job((next(indices),), lambda _, sample=sample: sample)
+        del sample
 
 
 def measure(

@@ -27,6 +27,7 @@ from torch import distributed
 
 from .architecture import cache_layers
 from .calibrate import (
+    DEFAULT_BUDGETS,
     Job,
     Settings,
     describe_error,
@@ -54,7 +55,7 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
     Raises:
         TypeError, ValueError, OSError: bad input, in one line.
     """
-    settings = Settings(arguments.budgets, arguments.queries, arguments.sink)
+    settings = Settings(arguments.budgets or DEFAULT_BUDGETS, arguments.queries, arguments.sink)
     out = _check_out(arguments.out)
     if arguments.batch_size < 1 or (arguments.samples is not None and arguments.samples < 1):
         raise ValueError("--samples and --batch-size must be at least 1")

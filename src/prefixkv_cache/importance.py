@@ -31,6 +31,7 @@ def attention_importance(
     real: Tensor | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Tensor:
     """Attention probability that each key receives, summed over the queries that count, averaged over the heads.
@@ -48,6 +49,7 @@ def attention_importance(
         real: bool [batch, n_queries], False at padding tokens, whose queries never count. None: no padding.
         scaling: factor on the scores; head_dim ** -0.5 when None.
         softcap: the scores pass `softcap * tanh(scores / softcap)` when given.
+        sink_logits: [query_heads], a learned score that takes part in the softmax beside the keys (gpt-oss).
         max_bytes: ceiling for all temporaries together.
 
     Returns:
@@ -70,7 +72,8 @@ def attention_importance(
                 scores.div_(softcap).tanh_().mul_(softcap)
             _hide(scores, mask, causal_end, rows, heads, span, group)
             span_weight = None if weight is None else weight[rows, span]
-            total[rows, :seen] += _column_sums(scores, span_weight)
+            beside = None if sink_logits is None else sink_logits.view(kv_heads, group)[heads].float()
+            total[rows, :seen] += _column_sums(scores, span_weight, beside)
     return total / query_heads
 
 
@@ -139,24 +142,23 @@ def _hide(
         scores.masked_fill_(torch.arange(n_keys, device=scores.device) >= end, -torch.inf)
     if mask is None:
         return
-    if mask.ndim == 2:
-        scores.masked_fill_(mask[rows, None, None, None, :n_keys] == 0, -torch.inf)
-        return
     if isinstance(mask, BlockMaskReader):
-        mask = mask.piece(rows, span, n_keys)
+        piece = mask.piece(rows, span, n_keys)
+    elif mask.ndim == 2:
+        piece = mask[rows, None, None, :n_keys] != 0
     else:
-        mask = mask[rows if mask.shape[0] > 1 else slice(None), :, span, :n_keys]
-    if mask.shape[1] > 1:
-        mask = mask[:, heads.start * group : heads.stop * group].unflatten(1, (-1, group))
+        piece = mask[rows if mask.shape[0] > 1 else slice(None), :, span, :n_keys]
+    if piece.shape[1] > 1:
+        piece = piece[:, heads.start * group : heads.stop * group].unflatten(1, (-1, group))
     else:
-        mask = mask[:, :, None]
-    if mask.dtype == torch.bool:
-        scores.masked_fill_(~mask, -torch.inf)
+        piece = piece[:, :, None]
+    if piece.dtype == torch.bool:
+        scores.masked_fill_(~piece, -torch.inf)
     else:
-        scores.add_(mask)
+        scores.add_(piece)
 
 
-def _column_sums(scores: Tensor, weight: Tensor | None) -> Tensor:
+def _column_sums(scores: Tensor, weight: Tensor | None, sink_logits: Tensor | None) -> Tensor:
     """Softmax over the last dimension, then the sum over heads and weighted queries: [batch, n_keys].
 
     The scores are overwritten. Dividing by the row sums is folded into the sum over the queries, so that the
@@ -164,8 +166,12 @@ def _column_sums(scores: Tensor, weight: Tensor | None) -> Tensor:
     """
     # A query that sees nothing has a maximum of -inf; the lowest finite number keeps its differences from being nan.
     peak = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
+    if sink_logits is not None:
+        peak = torch.maximum(peak, sink_logits[:, :, None, None])
     scores.sub_(peak).exp_()
     norm = scores.sum(-1)
+    if sink_logits is not None:
+        norm = norm + (sink_logits[:, :, None] - peak.squeeze(-1)).exp()
     share = torch.where(norm > 0, norm.reciprocal(), 0.0)
     if weight is not None:
         share = share * weight[:, None, None, :]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .compat import MaxLengthNames, n_queries
 from .eviction import FixedPointEviction
 
 
@@ -71,7 +72,7 @@ class Buffers:
         return Buffers(_padded(self.keys, 2, 0), _padded(self.values, 2, 0), _padded(self.positions))
 
 
-class PrunedLayer(CacheLayerMixin):
+class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     """Keys and values of one decoder layer, pruned to a length of its own.
 
     Args:
@@ -119,15 +120,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask, in logical columns; the layer takes its own columns at the door."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """What `get_max_length` was called in older transformers."""
-        return -1
+        return self.seen + n_queries(query_length), 0
 
     @property
     def batch_size(self) -> int:

@@ -44,7 +44,9 @@ def load_model(
         LoadError: there is no such model, or it is not of this kind.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar for each file, between the lines of our own report
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .architecture import PRUNABLE, cache_layers
 from .attention import HandedOut, hand_out, hold_door
+from .compat import MaxLengthNames, n_queries
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .masks import readable, real_tokens
 
@@ -83,7 +84,7 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-class ObservingLayer(CacheLayerMixin):
+class ObservingLayer(MaxLengthNames, CacheLayerMixin):
     """Counts what passes through, and keeps none of it."""
 
     is_sliding = False
@@ -115,15 +116,7 @@ class ObservingLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """What `get_max_length` was called in older transformers."""
-        return -1
+        return self.seen + n_queries(query_length), 0
 
 
 class ObservingCache(Cache):
@@ -180,6 +173,7 @@ class ObservingCache(Cache):
             real=None if self.real is None else self.real.to(query.device),
             scaling=options.get("scaling"),
             softcap=options.get("softcap"),
+            sink_logits=options.get("s_aux"),
             max_bytes=self._max_bytes,
         )
 

@@ -137,6 +137,7 @@ def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float
 
     colors = colormaps["viridis"]
     layers = list(range(profile.n_layers))
+    width = max(layers[-1], 1)
     spread = dict(zip(profile.budgets.tolist(), read_spread(profile) or [], strict=False))
     ends = []
     # Everything is kept at 1: a line along the upper edge says nothing.
@@ -151,7 +152,7 @@ def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float
         ends.append((keep[-1], f"{budget:g}", color))
     for height, (ratio, text, color) in zip(_apart([ratio for ratio, _, _ in ends]), ends, strict=True):
         panel.annotate(
-            text, (layers[-1], ratio), xytext=(layers[-1] + 0.022 * max(len(layers), 8), height), color=color,
+            text, (layers[-1], ratio), xytext=(1.015 * width, height), color=color,
             fontsize=8, va="center",
         )  # fmt: skip
     metadata = profile.metadata
@@ -164,7 +165,7 @@ def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float
     )
     panel.set_xlabel("layer")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.set_xlim(-0.02 * max(len(layers), 8), (len(layers) - 1) + 0.06 * max(len(layers), 8))
+    panel.set_xlim(-0.03 * width, 1.08 * width)
     panel.set_ylim(0, 1.02)
     panel.grid(True, linewidth=0.4, alpha=0.4)
     panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,236 @@
+"""What calibrating on a sample costs, over a plain forward of the same sample: time and peak memory.
+
+    python benchmarks/calibrate.py [--lengths 1024,2048,4096] [--repeats 5] [--threads 1] [--device cuda]
+
+A LLaVA of random weights and a small geometry; one image and words up to each length. The plain forward computes the
+last row of logits and builds no cache; both take turns, after a warm-up, and the medians are compared. The cost depends
+on the share that attention has in the forward, which grows with length / hidden size and is printed: at equal length it
+is larger here than in a 7B model. Memory is what the call needs at its peak beyond what stood before it: on a GPU the
+allocator's own count, on Linux the resident set, by the high-water mark of /proc, which is reset before the call.
+Before anything is timed, the importances are held against plain attention weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from prefixkv_cache.calibrate import DEFAULT_BUDGETS
+from prefixkv_cache.observe import observe
+from prefixkv_cache.threshold import search_lengths
+
+RESULTS = Path(__file__).resolve().parent / "results"
+QUERIES = (32, "all")
+IMAGE, IMAGE_TOKENS, VOCABULARY = 9, 576, 1000
+
+
+def build_model(arguments: argparse.Namespace) -> Any:
+    text = LlamaConfig(
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 11 // 4 // 32 * 32,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 128,
+        num_key_value_heads=arguments.hidden // 128,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=max(arguments.lengths),
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=96, patch_size=4
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=IMAGE_TOKENS)
+    model = LlavaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # a fresh model's attention is uniform
+            parameter.data.mul_(8)
+    model.set_attn_implementation("sdpa")
+    return model.to(arguments.device, getattr(torch, arguments.dtype))
+
+
+def make_sample(length: int, model: Any) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(length)
+    words = torch.randint(10, VOCABULARY, (length - IMAGE_TOKENS,), generator=random)
+    ids = torch.cat([words[:5], torch.full((IMAGE_TOKENS,), IMAGE), words[5:]])[None]
+    pixels = torch.randn(1, 3, 96, 96, generator=random)
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
+    return {name: value.to(model.device) for name, value in sample.items()}
+
+
+def plain_forward(model: Any, sample: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        model(**sample, use_cache=False, logits_to_keep=1)
+
+
+def calibrate_sample(model: Any, sample: dict[str, torch.Tensor], queries: int | str) -> None:
+    """What `calibrate` does with one sample."""
+    for importance in observe(model, sample, queries=queries):
+        search_lengths(importance, DEFAULT_BUDGETS)
+
+
+def check(model: Any, sample: dict[str, torch.Tensor]) -> float:
+    """Largest difference of the importances from those of the weights that the eager backend returns, relative."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**sample, output_attentions=True, logits_to_keep=1).attentions
+    model.set_attn_implementation("sdpa")
+    worst = 0.0
+    for queries in QUERIES:
+        first = 0 if queries == "all" else -int(queries)
+        expected = torch.stack([layer[0, :, first:].double().sum(1).mean(0).cpu() for layer in weights])
+        (importance,) = observe(model, sample, queries=queries)
+        worst = max(worst, float((importance - expected).abs().max() / expected.max()))
+    return worst
+
+
+def seconds(call: Callable[[], None]) -> float:
+    synchronize()
+    started = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Callable[[], None], device: torch.device) -> int | None:
+    """What the call needs at its peak, beyond what stood before; None where nobody can tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def measure(model: Any, length: int, repeats: int) -> list[dict[str, Any]]:
+    sample = make_sample(length, model)
+    calls: dict[str, Callable[[], None]] = {"plain": lambda: plain_forward(model, sample)}
+    for queries in QUERIES:
+        calls[str(queries)] = lambda queries=queries: calibrate_sample(model, sample, queries)
+    memory: dict[str, list[int | None]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):  # in turn, so that what else the machine does meets all alike
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    for _ in range(min(repeats, 3)):
+        for name, call in calls.items():
+            memory[name].append(peak_bytes(call, model.device))
+    return [_row(length, queries, times, memory) for queries in QUERIES]
+
+
+def _row(length: int, queries: int | str, times: dict[str, list[float]], memory: dict[str, Any]) -> dict[str, Any]:
+    name = str(queries)
+    plain, ours = statistics.median(times["plain"]), statistics.median(times[name])
+    ratios = sorted(one / other for one, other in zip(times[name], times["plain"], strict=True))
+    row = {
+        "tokens": length,
+        "queries": queries,
+        "plain_seconds": round(plain, 4),
+        "calibrate_seconds": round(ours, 4),
+        "time_ratio": round(ours / plain, 3),
+        "time_ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+    }
+    if None not in memory["plain"] + memory[name]:
+        plain, ours = statistics.median(memory["plain"]), statistics.median(memory[name])
+        row |= {"plain_peak_mib": round(plain / 2**20, 1), "calibrate_peak_mib": round(ours / 2**20, 1)}
+        row["memory_ratio"] = round(ours / max(plain, 1), 3)
+    return row
+
+
+def attention_share(hidden: int, length: int) -> float:
+    """Arithmetic of causal attention in that of a decoder layer."""
+    attention = 2 * length**2 * hidden
+    return attention / (attention + 2 * length * hidden**2 * (4 + 3 * 11 / 4))
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    if arguments.device.startswith("cuda"):
+        name = f"{torch.cuda.get_device_name()}; {name}"
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[1024, 2048, 4096])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--hidden", type=int, default=1024, help="multiple of 128")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder that the result is added to")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    model = build_model(arguments)
+    error = check(model, make_sample(min(arguments.lengths), model))
+    print(f"importance against plain weights: largest relative difference {error:.1e}")
+    if error > (1e-4 if arguments.dtype == "float32" else 2e-2):
+        raise SystemExit("the importances are wrong; nothing was timed")
+    rows = []
+    for length in arguments.lengths:
+        for row in measure(model, length, arguments.repeats):
+            row["attention_share"] = round(attention_share(arguments.hidden, length), 3)
+            rows.append(row)
+            print(
+                f"{length:>6} tokens, queries {row['queries']!s:>3}: {row['time_ratio']:.2f} x the forward's time "
+                f"({row['time_ratio_range'][0]:.2f} to {row['time_ratio_range'][1]:.2f}), "
+                f"{row.get('memory_ratio', float('nan')):.2f} x its memory; attention is "
+                f"{row['attention_share']:.0%} of its arithmetic",
+                flush=True,
+            )
+    created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+    geometry = {name: getattr(arguments, name) for name in ("hidden", "layers", "dtype", "device", "repeats")}
+    result = {"benchmark": "calibrate", "created": created, **geometry, "machine": machine(arguments), "rows": rows}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"calibrate-{created}.json"
+    with open(path, "x", encoding="utf-8") as file:  # never over an older one
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
