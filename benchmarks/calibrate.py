@@ -5,8 +5,8 @@
 A LLaVA of random weights and a small geometry; one image and words up to each length. The plain forward computes the
 last row of logits and builds no cache; both take turns, after a warm-up, and the medians are compared. The cost depends
 on the share that attention has in the forward, which grows with length / hidden size and is printed: at equal length it
-is larger here than in a 7B model. Memory is what the call needs at its peak beyond what stood before it: on a GPU the
-allocator's own count, on Linux the resident set, by the high-water mark of /proc, which is reset before the call.
+is larger here than in a 7B model. Memory is what the call needs at its peak beyond what stood before it, by torch's own
+count of what it allocates: the allocator's on a GPU, the profiler's on a CPU.
 Before anything is timed, the importances are held against plain attention weights.
 """
 
@@ -21,11 +21,13 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from prefixkv_cache.calibrate import DEFAULT_BUDGETS
@@ -95,12 +97,13 @@ def check(model: Any, sample: dict[str, torch.Tensor]) -> float:
     return worst
 
 
-def seconds(call: Callable[[], None]) -> float:
+def seconds(call: Callable[[], None]) -> tuple[float, float]:
+    """Wall time, and processor time of all threads, which other programs on the machine disturb less."""
     synchronize()
-    started = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     call()
     synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def synchronize() -> None:
@@ -108,26 +111,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int | None:
-    """What the call needs at its peak, beyond what stood before; None where nobody can tell."""
+def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
+    """What the call needs at its peak, beyond what stood before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def measure(model: Any, length: int, repeats: int) -> list[dict[str, Any]]:
@@ -135,36 +131,36 @@ def measure(model: Any, length: int, repeats: int) -> list[dict[str, Any]]:
     calls: dict[str, Callable[[], None]] = {"plain": lambda: plain_forward(model, sample)}
     for queries in QUERIES:
         calls[str(queries)] = lambda queries=queries: calibrate_sample(model, sample, queries)
-    memory: dict[str, list[int | None]] = {name: [] for name in calls}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):  # in turn, so that what else the machine does meets all alike
         for name, call in calls.items():
             times[name].append(seconds(call))
-    for _ in range(min(repeats, 3)):
-        for name, call in calls.items():
-            memory[name].append(peak_bytes(call, model.device))
+    memory = {name: peak_bytes(call, model.device) for name, call in calls.items()}
     return [_row(length, queries, times, memory) for queries in QUERIES]
 
 
-def _row(length: int, queries: int | str, times: dict[str, list[float]], memory: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    length: int, queries: int | str, times: dict[str, list[tuple[float, float]]], memory: dict[str, int]
+) -> dict[str, Any]:
     name = str(queries)
-    plain, ours = statistics.median(times["plain"]), statistics.median(times[name])
-    ratios = sorted(one / other for one, other in zip(times[name], times["plain"], strict=True))
-    row = {
+    (plain, plain_processor), (ours, our_processor) = (
+        [statistics.median(each) for each in zip(*times[of], strict=True)] for of in ("plain", name)
+    )
+    ratios = sorted(one[0] / other[0] for one, other in zip(times[name], times["plain"], strict=True))
+    return {
         "tokens": length,
         "queries": queries,
         "plain_seconds": round(plain, 4),
         "calibrate_seconds": round(ours, 4),
         "time_ratio": round(ours / plain, 3),
         "time_ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "processor_time_ratio": round(our_processor / plain_processor, 3),
+        "plain_peak_mib": round(memory["plain"] / 2**20, 1),
+        "calibrate_peak_mib": round(memory[name] / 2**20, 1),
+        "memory_ratio": round(memory[name] / memory["plain"], 3),
     }
-    if None not in memory["plain"] + memory[name]:
-        plain, ours = statistics.median(memory["plain"]), statistics.median(memory[name])
-        row |= {"plain_peak_mib": round(plain / 2**20, 1), "calibrate_peak_mib": round(ours / 2**20, 1)}
-        row["memory_ratio"] = round(ours / max(plain, 1), 3)
-    return row
 
 
 def attention_share(hidden: int, length: int) -> float:
@@ -216,8 +212,9 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{length:>6} tokens, queries {row['queries']!s:>3}: {row['time_ratio']:.2f} x the forward's time "
-                f"({row['time_ratio_range'][0]:.2f} to {row['time_ratio_range'][1]:.2f}), "
-                f"{row.get('memory_ratio', float('nan')):.2f} x its memory; attention is "
+                f"({row['time_ratio_range'][0]:.2f} to {row['time_ratio_range'][1]:.2f}; processor time "
+                f"{row['processor_time_ratio']:.2f} x), "
+                f"{row['memory_ratio']:.2f} x its memory; attention is "
                 f"{row['attention_share']:.0%} of its arithmetic",
                 flush=True,
             )

@@ -1,57 +1,81 @@
 """Measures which model types work with the cache, and writes the table of them.
 
-`measure(model_type)` runs a tiny random model of the type against laws 1 and 2 and sorts it into *pruned*, *partly*
-(some layers are left whole), *refused* (one clear error) or, which must not happen, *wrong*. The reference is the same
-model with a full cache, in which the pruned pairs are hidden by masks, layer by layer; it has no line in common with
-the library. Selection is checked too, against the attention weights that the model's own eager code returns.
-`python tests/make_model_table.py --write docs/models.md` writes the table.
+`measure(model_type)` runs a tiny random model of the type, made by zoo.py, over two turns against laws 1 and 2 of the
+library and sorts it into *pruned*, *partly* (some layers are left whole), *refused* (one clear error) or, which must
+not happen, *wrong*. The reference is the same model with transformers' own cache, in which the pruned pairs are hidden
+by masks, layer by layer; it has no line in common with the library. What stayed is checked too, against the attention
+weights that the model's own eager code returns. `python tests/make_model_table.py --write docs/models.md` writes the
+table; test_models.py holds the file against what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import traceback
+import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import transformers
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
 from transformers.modeling_utils import AttentionInterface
 
 import zoo
-from oracle import feed
+from oracle import _Forced
 from prefixkv_cache import PrefixKVCache, PrefixProfile
 from prefixkv_cache.layer import PrunedLayer
 
-LENGTHS = (37, 29)
-BUDGET = 0.3
-QUERIES = 6
+BACKENDS = ("eager", "sdpa")
+LENGTHS = (37, 29)  # of the rows; the shorter is padded on the left
+BUDGET, QUERIES = 0.3, 6
 STEPS = 7
-TURN = (5, 3)  # words and steps of the second turn
+TURN_WORDS, TURN_STEPS = 5, 3  # of the second turn
 LAW_1, LAW_2 = 1e-5, 1e-4
+
+WHY = {
+    "sliding_attention": "sliding: holds its window only",
+    "chunked_attention": "chunked: holds its chunk only",
+    "linear_attention": "linear: a state, no pairs",
+    "conv": "convolution: a state, no pairs",
+    "cross_attention": "cross-attention: its keys are no tokens of the prompt",
+    "shared": "uses the keys of an earlier layer, pruned there",
+    "moe": "no attention",
+    "mlp": "no attention",
+    "minimax_m3_sparse": "indexed: looks its keys up by position",
+}
+"""Why a layer is left whole, by its type in the config."""
 
 
 @dataclass
 class Finding:
+    """What was measured of one model type."""
+
     model_type: str
     verdict: str
     whole: str = ""
     remarks: list[str] = field(default_factory=list)
 
+    def row(self):
+        """Its line in the table."""
+        cells = (f"`{self.model_type}`", self.verdict, self.whole, "; ".join(self.remarks))
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# The reference: transformers' own cache, and masks.
+
 
 class Masked:
-    """While entered, every attention call of the layers in `hidden` has those columns masked out; nothing else differs.
+    """While entered, attention calls do not see the columns that `visible` hides; nothing else differs."""
 
-    A call belongs to a layer by its module's `layer_idx`, or to the layer whose keys it shares.
-    """
-
-    def __init__(self, cache=None):
+    def __init__(self, cache):
         self.cache = cache
         self.visible = {}  # layer -> bool [batch, keys]
         self.touched = set()
-        self.weights = {}  # layer -> attention weights of the last forward, where the backend returns any
+        self.weights = {}  # layer -> attention weights of the prompt, where the backend returns any
 
     def __enter__(self):
         original = AttentionInterface.get_interface
@@ -61,13 +85,13 @@ class Masked:
 
             def attend(module, query, key, value, attention_mask=None, *args, **kwargs):
                 layer = getattr(module, "layer_idx", None)
-                source = self.owner(key, layer)
-                visible = self.visible.get(source)
+                owner = self.owner(key, layer)
+                visible = self.visible.get(owner)
                 if visible is not None and visible.shape[1] == key.shape[-2]:
                     attention_mask = hide(attention_mask, visible, query, key, attn_implementation)
-                    self.touched.add(source)
+                    self.touched.add(owner)
                 output = function(module, query, key, value, attention_mask, *args, **kwargs)
-                if output[1] is not None and source == layer and key.shape[-2] == query.shape[-2]:
+                if not self.visible and owner == layer and output[1] is not None:
                     self.weights[layer] = output[1]
                 return output
 
@@ -79,14 +103,15 @@ class Masked:
 
     def owner(self, key, layer_idx):
         """The layer whose keys these are: by identity, as the full cache hands out what it holds; else the caller's."""
-        layers = [] if self.cache is None else self.cache.layers
-        return next((at for at, layer in enumerate(layers) if getattr(layer, "keys", None) is key), layer_idx)
+        held = (at for at, layer in enumerate(self.cache.layers) if getattr(layer, "keys", None) is key)
+        return next(held, layer_idx)
 
     def __exit__(self, *_):
         self.patch.stop()
 
 
 def hide(mask, visible, query, key, backend):
+    """The mask that the backend gets, without the columns that are not visible."""
     n, n_keys = query.shape[-2], key.shape[-2]
     if mask is None:
         mask = torch.arange(n_keys)[None, :] <= torch.arange(n_keys - n, n_keys)[:, None]
@@ -99,246 +124,296 @@ def hide(mask, visible, query, key, backend):
     return mask.masked_fill(~visible[:, None, None, :], torch.finfo(mask.dtype).min)
 
 
-def pruned_layers(cache):
-    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, PrunedLayer)]
+class Follower:
+    """Hides, at each forward of the reference, what the log of a pruned run says was gone by then."""
 
+    def __init__(self, masked, log):
+        self.masked, self.log = masked, log
+        self.step = self.seen = 0
+        self.weights, self.missed = {}, []
 
-def run(model, inputs, tokens, cache, log):
-    """Two turns along given tokens; returns the logits of both. `log` gets what each layer holds after each step."""
-
-    def watch():
-        log.append({at: cache.kept_positions(at).clone() for at in pruned_layers(cache)})
-
-    first, second = tokens
-    logits, ids = feed(model, inputs, first, cache, watch)
-    inputs = next_turn(inputs, ids, second[0])
-    more, _ = feed(model, inputs, second[1], cache, watch)
-    return torch.cat([logits, more], dim=1)
-
-
-def next_turn(inputs, ids, words):
-    ids = torch.cat([ids, words], dim=1)
-    mask = inputs["attention_mask"]
-    grown = torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=mask.dtype)
-    return {"input_ids": ids, "attention_mask": torch.cat([mask, grown], dim=1)}
-
-
-def run_masked(model, inputs, tokens, log):
-    """The same two turns with the model's own full cache, hiding what `log` says is gone."""
-    state = {"step": 0, "seen": 0}
-    wrong = []
-
-    def before(_, args, kwargs):
+    def before(self, _, args, kwargs):
         ids = kwargs.get("input_ids")
-        fed = ids.shape[1]
-        step = state["step"]
-        masked.visible, masked.touched = {}, set()
-        if step > 0:
-            held = log[step if fed == 1 else step - 1]
-            for layer, positions in held.items():
-                visible = torch.zeros(len(ids), state["seen"] + fed, dtype=torch.bool)
+        fed = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+        self.masked.visible, self.masked.touched = {}, set()
+        if self.step:
+            # A single token's leaving pair is gone before its attention; a prompt still sees all that was kept.
+            for layer, positions in self.log[self.step if fed == 1 else self.step - 1].items():
+                visible = torch.zeros(len(positions), self.seen + fed, dtype=torch.bool)
                 for row, kept in enumerate(positions):
                     visible[row, kept[kept >= 0]] = True
-                visible[:, state["seen"] :] = True
-                masked.visible[layer] = visible
-        state["seen"] += fed
+                visible[:, self.seen :] = True
+                self.masked.visible[layer] = visible
+        self.seen += fed
 
-    def after(*_):
-        if state["step"] == 0:
-            state["weights"] = dict(masked.weights)
-        missed = set(masked.visible) - masked.touched
-        if missed:
-            wrong.append(f"reference saw no attention call of layers {sorted(missed)} at step {state['step']}")
-        state["step"] += 1
-
-    hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
-    try:
-        with Masked(DynamicCache(config=model.config)) as masked:
-            first, second = tokens
-            output = generate(model, inputs, first, masked.cache)
-            more = generate(model, next_turn(inputs, output.sequences, second[0]), second[1], masked.cache)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if wrong:
-        raise LookupError(wrong[0])
-    return torch.cat([torch.stack(each.logits, 1) for each in (output, more)], 1), state["weights"]
+    def after(self, *_):
+        if not self.step:
+            self.weights = dict(self.masked.weights)
+        self.missed += sorted(set(self.masked.visible) - self.masked.touched)
+        self.step += 1
 
 
-def generate(model, inputs, tokens, cache):
-    from transformers import LogitsProcessorList
-
-    from oracle import _Forced
-
-    return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=tokens.shape[1], do_sample=False, output_logits=True,
-        return_dict_in_generate=True, logits_processor=LogitsProcessorList([_Forced(tokens, lambda: None)]),
-    )  # fmt: skip
+# Two turns along given tokens.
 
 
-def law_1(model, inputs, make_cache):
-    """Budget 1: greedy ids and logits are those of the model's own cache."""
-    options = dict(max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    with Masked() as masked:
-        whole = model.generate(**inputs, **options, past_key_values=DynamicCache(config=model.config))
-    ours = model.generate(**inputs, **options, past_key_values=make_cache(1.0))
-    worst = (torch.stack(whole.logits, 1) - torch.stack(ours.logits, 1)).abs().max().item()
+@dataclass
+class Case:
+    """A model, its prompt, and the tokens to go on with."""
+
+    model: torch.nn.Module
+    model_type: str
+    inputs: dict
+
+    def __post_init__(self):
+        random = torch.Generator().manual_seed(3)
+        shape = len(self.inputs["input_ids"]), STEPS + TURN_WORDS + TURN_STEPS
+        words = torch.randint(zoo.WORDS.start, zoo.WORDS.stop, shape, generator=random)
+        self.first, self.turn, self.second = words.split([STEPS, TURN_WORDS, TURN_STEPS], dim=1)
+
+    def turns(self, cache, watch=lambda: None):
+        """Logits of every step of both turns: [batch, steps, vocabulary]."""
+        output = self.generate(self.inputs, self.first, cache, watch)
+        logits = list(output.logits)
+        if self.model_type not in zoo.ONE_TURN:
+            ids = torch.cat([output.sequences, self.turn], dim=1)
+            mask = self.inputs["attention_mask"]
+            mask = torch.cat([mask, torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
+            logits += self.generate({"input_ids": ids, "attention_mask": mask}, self.second, cache, watch).logits
+        return torch.stack(logits, dim=1)
+
+    def generate(self, inputs, tokens, cache, watch):
+        forced = LogitsProcessorList([_Forced(tokens, watch)])
+        return self.greedy(inputs, cache, tokens.shape[1], logits_processor=forced)
+
+    def greedy(self, inputs, cache, steps, **options):
+        # Janus drops the logits processors that its own `generate` is given.
+        own = partial(GenerationMixin.generate, self.model) if self.model_type == "janus" else self.model.generate
+        return own(**inputs, past_key_values=cache, max_new_tokens=steps, do_sample=False, output_logits=True,
+                   return_dict_in_generate=True, **options)  # fmt: skip
+
+    def full_cache(self):
+        return DynamicCache(config=self.model.config)
+
+    def reference(self, log):
+        """Logits of both turns with a full cache and masks, and the prompt's attention weights."""
+        decoder = zoo.decoder(self.model, self.model_type)
+        with Masked(self.full_cache()) as masked:
+            follower = Follower(masked, log)
+            hooks = (decoder.register_forward_pre_hook(follower.before, with_kwargs=True),
+                     decoder.register_forward_hook(follower.after))  # fmt: skip
+            try:
+                logits = self.turns(masked.cache)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        if follower.missed:
+            raise LookupError(f"the reference saw no attention call of layers {sorted(set(follower.missed))}")
+        return logits, follower.weights
+
+
+# The laws. Each returns what is wrong, or None.
+
+
+def law_1(case, make_cache):
+    """With budget 1, greedy tokens and logits are those of transformers' own cache."""
+    whole = case.greedy(case.inputs, case.full_cache(), STEPS)
+    ours = case.greedy(case.inputs, make_cache(1.0), STEPS)
+    worst = (torch.stack(whole.logits) - torch.stack(ours.logits)).abs().max().item()
     if not torch.equal(whole.sequences, ours.sequences):
-        return f"law 1: other tokens than the full cache (logits differ by {worst:.1g})"
-    return f"law 1: logits differ by {worst:.1g}" if not worst <= LAW_1 else None
+        return f"law 1: other tokens than with the full cache (logits differ by {worst:.1g})"
+    return None if worst <= LAW_1 else f"law 1: logits differ by {worst:.1g}"
 
 
-def law_2(model, inputs, make_cache, eager):
-    rows = len(inputs["input_ids"])
-    words = torch.randint(zoo.WORDS.start, zoo.WORDS.stop, (rows, 40), generator=torch.Generator().manual_seed(3))
-    tokens = words[:, :STEPS], (words[:, 20 : 20 + TURN[0]], words[:, 30 : 30 + TURN[1]])
+def law_2(case, make_cache):
+    """Pruned, later logits are those of a full cache in which the pruned pairs are masked; and the right ones left."""
     log = []
     cache = make_cache(BUDGET)
-    ours = run(model, inputs, tokens, cache, log)
-    layers = pruned_layers(cache)
-    ratios = {at: cache.layers[at].keep_ratios for at in layers}
+    layers = []
+
+    def watch():
+        layers[:] = [at for at, layer in enumerate(cache.layers) if isinstance(layer, PrunedLayer)]
+        log.append({at: cache.kept_positions(at) for at in layers})
+
+    ours = case.turns(cache, watch)
     del cache
-    whole = generate(model, inputs, tokens[0], DynamicCache(config=model.config))
-    reference, weights = run_masked(model, inputs, tokens, log)
-    worst = (ours - reference).abs().max().item()
-    if not worst <= LAW_2:
-        at = (ours - reference).abs().amax((0, 2))
-        return f"law 2: logits differ by {worst:.1g} at steps {[i for i, d in enumerate(at) if not d <= LAW_2]}"
-    effect = (torch.stack(whole.logits, 1) - ours[:, :STEPS]).abs().max().item()
-    if effect < 1e-3:
-        return f"pruning has no effect (logits move by {effect:.1g})"
-    stored = sum((log[0][at] >= 0).sum().item() for at in layers)
-    share = stored / (inputs["attention_mask"].sum().item() * len(layers))
+    reference, weights = case.reference(log)
+    off = (ours - reference).abs().amax((0, 2))
+    if not off.max() <= LAW_2:
+        steps = [at for at, each in enumerate(off.tolist()) if not each <= LAW_2]
+        return f"law 2: logits differ by {off.max():.1g} at steps {steps}"
+    whole = torch.stack(case.generate(case.inputs, case.first, case.full_cache(), lambda: None).logits, 1)
+    if (whole - ours[:, :STEPS]).abs().max() < 1e-3:
+        return "law 2 says nothing: pruning moves no logit"
+    kept = sum(int((log[0][at] >= 0).sum()) for at in layers)
+    share = kept / (int(case.inputs["attention_mask"].sum()) * len(layers))
     if abs(share - BUDGET) > 0.05:
-        return f"kept {share:.2f} of the prompt instead of {BUDGET}"
-    return selection(inputs, log[0], weights) if eager else None
+        return f"kept {share:.2f} of the prompt, not {BUDGET}"
+    return selection(case.inputs["attention_mask"], log[0], weights)
 
 
-def selection(inputs, kept, weights):
-    """No token that left the prompt received more attention than one that stayed (first and last aside)."""
-    for layer, positions in kept.items():
-        if layer not in weights:
-            return f"selection: the model returns no attention weights in layer {layer}"
-        for row, of_row in enumerate(positions):
-            real = inputs["attention_mask"][row].nonzero().flatten().tolist()
+def selection(mask, kept, weights):
+    """No token that left the prompt received more attention than one that stayed (the first and the last aside)."""
+    for layer in kept.keys() & weights.keys():
+        for row, positions in enumerate(kept[layer]):
+            real = mask[row].nonzero().flatten().tolist()
             received = weights[layer][row][:, real[-QUERIES:], : real[-1] + 1].float().mean(0).sum(0)
-            stayed = set(of_row[of_row >= 0].tolist())
-            if not stayed <= set(real):
-                return f"selection: layer {layer} keeps padding"
-            if real[0] not in stayed or real[-1] not in stayed:
-                return f"selection: layer {layer} lost the first or the last token"
-            left = [at for at in real if at not in stayed]
-            lowest = min((received[at].item() for at in stayed - {real[0], real[-1]}), default=9)
-            highest = max((received[at].item() for at in left), default=0)
+            stayed = set(positions[positions >= 0].tolist())
+            if not stayed <= set(real) or not {real[0], real[-1]} <= stayed:
+                return f"selection: layer {layer} keeps padding, or lost the first or the last token"
+            lowest = min(received[at].item() for at in stayed - {real[0], real[-1]})
+            highest = max(received[at].item() for at in set(real) - stayed)
             if highest > lowest + 1e-5:
-                return f"selection: layer {layer} dropped {highest:.3g} and kept {lowest:.3g}"
+                return f"selection: layer {layer} dropped a key with attention {highest:.3g}, kept one with {lowest:.3g}"
     return None
 
 
-def measure(model_type, verbose=False):
+# The verdict.
+
+
+def measure(model_type):
+    """Sort one model type."""
+    if not issubclass(zoo.model_class(model_type), GenerationMixin):
+        return Finding(model_type, "out of scope", remarks=["does not generate token by token"])
     try:
         config = zoo.tiny_config(model_type)
-    except Exception as error:
-        return Finding(model_type, "not built", remarks=[brief(error)])
-    try:
-        cache = PrefixKVCache(budget=BUDGET, config=config)
-    except Exception as error:
-        return Finding(model_type, "refused", remarks=[brief(error)])
-    try:
         model = zoo.tiny(model_type)
-    except Exception as error:
-        return Finding(model_type, "not built", remarks=[brief(error)])
-    finding = Finding(model_type, "?")
+    except Exception as error:  # whatever stops a tiny model from being built
+        return Finding(model_type, "not built", remarks=[one_line(error)])
     try:
-        cache = PrefixKVCache(budget=BUDGET, config=model.config)
-    except Exception as error:
-        return Finding(model_type, "refused", remarks=[brief(error)])
-    whole = [(at, type(layer).__name__) for at, layer in enumerate(cache.layers) if not isinstance(layer, PrunedLayer)]
-    n_pruned = len(cache.layers) - len(whole)
-    uniform = PrefixProfile([0.3, 1.0], [[0.3] * n_pruned, [1.0] * n_pruned], {})
-    del cache
+        layers = PrefixKVCache(budget=BUDGET, config=config).layers
+    except (ValueError, TypeError) as error:
+        return refused(model, model_type, "at construction", error)
+    whole = [at for at, layer in enumerate(layers) if not isinstance(layer, PrunedLayer)]
+    finding = Finding(model_type, "partly" if whole else "pruned", reasons(config, layers, whole))
+    finding.remarks.append("image and text" if model_type in zoo.IMAGES else "text")
+    n_pruned = len(layers) - len(whole)
+    uniform = PrefixProfile([BUDGET, 1.0], [[BUDGET] * n_pruned, [1.0] * n_pruned], {})
+    with_config = partial(PrefixKVCache, config=config, queries=QUERIES)
+    makers = {
+        "search": lambda budget: with_config(budget=budget),
+        "profile": lambda budget: with_config(uniform, budget=budget),
+        "no config": lambda budget: PrefixKVCache(budget=budget, queries=QUERIES),
+    }
 
-    def with_config(budget):
-        return PrefixKVCache(budget=budget, config=model.config, queries=QUERIES)
-
-    def without_config(budget):
-        return PrefixKVCache(budget=budget, queries=QUERIES)
-
-    def with_profile(budget):
-        return PrefixKVCache(uniform, budget=budget, config=model.config, queries=QUERIES)
-
-    problems = []
-    for attn in ("eager", "sdpa"):
-        try:
-            model.set_attn_implementation(attn)
-        except Exception as error:
-            finding.remarks.append(f"no {attn}: {brief(error)[:60]}")
-            continue
-        for rows in (1, 2):
-            inputs = zoo.inputs(model_type, LENGTHS[:rows], model)
+    problems, notes, ran = [], [], 0
+    for case, where in cases(model, model_type, notes):
+        names = ["search"] if where == "eager, batch of 2" else list(makers)
+        for name in names if where != "sdpa, batch of 2" else names[:2]:
             try:
-                model.generate(**inputs, max_new_tokens=2, do_sample=False)
-            except Exception as error:
-                finding.remarks.append(f"{attn} batch {rows}: does not run by itself: {brief(error)}")
-                continue
-            kinds = {"config": with_config}
-            if (attn, rows) != ("eager", 2):
-                kinds["profile"] = with_profile
-            if (attn, rows) != ("sdpa", 2):
-                kinds["no config"] = without_config
-            for name, make_cache in kinds.items():
-                for law in ("1", "2"):
-                    try:
-                        told = (law_1(model, inputs, make_cache) if law == "1"
-                                else law_2(model, inputs, make_cache, attn == "eager"))  # fmt: skip
-                    except Exception as error:
-                        told = f"law {law} raised " + brief(error)
-                        if verbose:
-                            traceback.print_exc()
-                    if told and name == "no config" and "config=model.config" in told:
-                        finding.remarks.append("needs config") if "needs config" not in finding.remarks else None
-                        break
-                    if told:
-                        problems.append(f"{attn} b{rows} {name}: {told}")
-                    if told and "raised" in told:
-                        break
-    problems = dedupe(problems)
-    finding.whole = ", ".join(f"{at}:{kind}" for at, kind in whole)
-    finding.verdict = "ok" if not problems else "wrong"
-    finding.remarks += problems
+                told = law_1(case, makers[name]) or law_2(case, makers[name])
+                ran += 1
+            except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+                if name == "no config" and "config=model.config" in str(error):
+                    notes.append("needs `config`")
+                    continue
+                if not ran and not problems:
+                    return refused(model, model_type, "at the first forward", error)
+                told = one_line(error)
+            except Exception as error:  # an error that is not a clear one
+                told = one_line(error)
+            if told:
+                problems.append(f"{told} ({where}, {name})")
+    finding.remarks += list(dict.fromkeys(notes))
+    if problems:
+        finding.verdict, finding.remarks = "wrong", problems
+    elif not ran:
+        finding.verdict = "not built"
     return finding
 
 
-def dedupe(problems):
-    """One line for each text, with where it happened."""
-    where = {}
-    for problem in problems:
-        at, text = problem.split(": ", 1)
-        where.setdefault(text, []).append(at)
-    return [f"{text} [{'; '.join(places)}]" for text, places in where.items()]
+def cases(model, model_type, notes):
+    """The model with each backend, one row and two; what does not run by itself is noted."""
+    for backend in BACKENDS:
+        try:
+            model.set_attn_implementation(backend)
+        except ValueError:
+            notes.append(f"has no {backend}")
+            continue
+        for rows in (1, 2):
+            case = Case(model, model_type, zoo.inputs(model_type, LENGTHS[:rows], model))
+            where = f"{backend}, batch of {rows}"
+            try:
+                case.greedy(case.inputs, case.full_cache(), 2)
+            except Exception as error:  # the model's own limits
+                notes.append(f"{where} does not run by itself: {one_line(error)}")
+                continue
+            yield case, where
 
 
-def brief(error):
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:230]} @{frames[-1].filename.split('/')[-1]}:{frames[-1].lineno}"
+def refused(model, model_type, when, error):
+    """Refused, unless a cache that was told nothing lets the model run, and run wrong."""
+    for case, where in cases(model, model_type, []):
+        try:
+            told = law_2(case, lambda budget: PrefixKVCache(budget=budget, queries=QUERIES))
+        except Exception:  # any error will do: nothing goes wrong unseen
+            continue
+        if told:
+            return Finding(model_type, "wrong", remarks=[f"runs without config: {told} ({where})"])
+    return Finding(model_type, "refused", remarks=[f"{when}: {one_line(error)}"])
+
+
+def reasons(config, layers, whole):
+    """Which layers are left whole and why: each reason once, with the number of layers in the tiny model."""
+    text = config.get_text_config(decoder=True)
+    types = getattr(text, "layer_types", None) or [None] * len(layers)
+    sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
+    cross = getattr(text, "cross_attention_layers", None) or []
+    found = Counter()
+    for at in whole:
+        kind = "cross_attention" if at in cross else "shared" if sharing[at] == "reuse" else types[at]
+        found[WHY.get(kind, kind or type(layers[at]).__name__)] += 1
+    return "; ".join(f"{count} of {len(layers)} {reason}" for reason, count in found.items())
+
+
+def one_line(error):
+    """An error in one line, without paths."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " …"
+    return f"{type(error).__name__}: {text}"
+
+
+# The file.
+
+
+def page(findings):
+    """The whole of docs/models.md."""
+    counts = Counter(finding.verdict for finding in findings)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts))
+    head = f"""# Models
+
+Made by `python tests/make_model_table.py --write docs/models.md` with transformers {transformers.__version__}; do not
+edit. {len(findings)} model types: {summary}.
+
+A tiny random model of each type ran over two turns, eager and sdpa, one row and a left-padded batch of two, with lengths
+searched on the prompt and with a profile, with `config=model.config` and without.
+
+- **pruned**: every layer's cache is pruned. With budget 1.0 the tokens and logits are those of `DynamicCache`; with
+  budget {BUDGET} every later logit is that of a full cache in which the pruned pairs are masked out, layer by layer.
+- **partly**: the same holds, and some layers are left whole, for the reason given.
+- **refused**: one error, at construction or at the first forward, and no wrong answer.
+- **not built**: no tiny model could be made here.
+
+| model type | verdict | layers left whole, and why | remarks |
+| --- | --- | --- | --- |
+"""
+    return head + "\n".join(finding.row() for finding in findings) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("-v", action="store_true")
+    parser = argparse.ArgumentParser(description="Measure which model types work with the cache.")
+    parser.add_argument("types", nargs="*", help="model types; all when none is given")
+    parser.add_argument("--write", type=Path, help="write the table to this file")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    import time
+    findings = []
     with torch.no_grad():
         for model_type in options.types or zoo.ALL_TYPES:
-            start = time.time()
-            finding = measure(model_type, options.v)
-            print(f"{model_type:24s} {finding.verdict:9s} {time.time() - start:.1f}s [{finding.whole}]", flush=True)
-            for remark in finding.remarks:
-                print("      ", remark, flush=True)
+            findings.append(measure(model_type))
+            print(findings[-1].row(), file=sys.stderr, flush=True)
+    if options.write:
+        options.write.write_text(page(findings), encoding="utf-8")
 
 
 if __name__ == "__main__":

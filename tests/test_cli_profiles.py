@@ -318,7 +318,7 @@ def test_plot_refuses_bad_input_and_leaves_nothing(run, made, tmp_path, monkeypa
         (("none", "--out", tmp_path / "p.png"), "no bundled profile"),
         ((made, "--out", tmp_path / "p.png", "--budgets", "0"), "budget is 0.0"),
     ]:
-        status, out, err = run("plot", *arguments)
+        status, _, err = run("plot", *arguments)
         assert status == 2 and message in err and err.count("\n") == 1
     for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, module, None)
@@ -405,7 +405,7 @@ def test_what_the_hub_refuses_is_one_clear_error(tmp_path, hub):
         PrefixProfile.from_pretrained("me/none")
     with pytest.raises(ProfileError, match="there is no such file"):
         PrefixProfile.from_pretrained(tmp_path)
-    with pytest.raises(ProfileError, match="ends in .safetensors"):
+    with pytest.raises(ProfileError, match=r"ends in \.safetensors"):
         profile.push_to_hub("me/a-model", filename="profile.bin")
     with pytest.raises(ProfileError, match="cannot upload"):
         profile.push_to_hub("you/none", create_pr=True)

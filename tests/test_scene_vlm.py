@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_known_seed_gives_the_known_scene():
 
 def test_splits_are_disjoint():
     splits = sorted([scenes.TRAIN_SEEDS, scenes.VALIDATION_SEEDS, scenes.TEST_SEEDS], key=lambda split: split.start)
-    assert all(before.stop <= after.start for before, after in zip(splits, splits[1:], strict=False))
+    assert all(before.stop <= after.start for before, after in pairwise(splits))
 
 
 def test_the_numbers_of_objects_are_as_asked():

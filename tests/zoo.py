@@ -8,7 +8,6 @@ Nothing is downloaded.
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import re
 
@@ -24,13 +23,18 @@ VOCABULARY = 160
 WORDS = range(5, 120)  # ordinary text; 0 is padding, special tokens stand above
 WINDOW = 12
 
+def names(text):
+    """Words of a text, as a list."""
+    return text.split()
+
+
 # The common text decoders, beside the vision-language types.
-TEXT_TYPES = """
+TEXT_TYPES = names("""
     llama qwen2 qwen3 qwen3_moe qwen2_moe mistral ministral mixtral gemma gemma2 gemma3_text gemma3n_text gemma4_text
     phi phi3 phimoe deepseek_v2 deepseek_v3 cohere cohere2 olmo2 olmo3 smollm3 granite granitemoe glm glm4 gpt_oss gpt2
     gpt_neox opt falcon stablelm starcoder2 exaone4 ernie4_5 hunyuan_v1_dense lfm2 qwen3_next qwen3_5_text nemotron_h
     jamba bamba mamba llama4_text glm4_moe minimax minimax_m2 seed_oss internlm3 bloom mpt
-""".split()
+""")
 
 SIZES = {
     # widths
@@ -75,11 +79,10 @@ _SLIDING_SHARED = {  # the last two layers use the keys of the two before them
     "num_hidden_layers": 6, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # fmt: skip
-_LONG_RANGE = {"rope_parameters.mrope_section": [3, 3, 2], "rope_parameters.mrope_interleaved": True}
 _CONV = {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None, "num_hidden_layers": 4}
 # By the model type of the (sub-)configuration that they belong to; a dot leads into a dictionary.
 OVERRIDES: dict[str, dict] = {
-    **dict.fromkeys("qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text paddleocr_vl_text".split(), _MROPE),
+    **dict.fromkeys(names("qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text paddleocr_vl_text"), _MROPE),
     "glm4v_moe_text": {"rope_parameters.mrope_section": [2, 1, 1], "first_k_dense_replace": 1},
     "ernie4_5_vl_moe_text": {"rope_parameters.mrope_section": [3, 3, 2], "moe_intermediate_size": [32, 32]},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
@@ -87,41 +90,48 @@ OVERRIDES: dict[str, dict] = {
     "lfm2": _CONV, "lfm3": _CONV,
     "mistral": {"sliding_window": None}, "mixtral": {"sliding_window": None},
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4},
-    "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_vl_text": {"head_dim": 16, "rope_parameters.mrope_section": [2, 2, 2, 2]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16, "rope_parameters.mrope_section": [2, 2, 2, 2]},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "mistral4": {"rope_parameters": None},
-    "gemma3n_text": {
-        **_SLIDING_SHARED, "intermediate_size": 48, "activation_sparsity_pattern": None,
-    },
+    "gemma3n_text": {**_SLIDING_SHARED, "intermediate_size": 48, "activation_sparsity_pattern": None},
     "gemma4_text": {**_SLIDING_SHARED, "per_layer_config": {str(at): {"head_dim": 32} for at in (1, 3, 5)}},
     "gemma4_unified_text": {"per_layer_config": {str(at): {"head_dim": 32} for at in (2, 3)},
                             "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "num_hidden_layers": 4,
                            "mlp_layer_types": ["dense", "sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 3},
     "mllama_text_model": {"num_hidden_layers": 5, "cross_attention_layers": [1, 4]},
+    "dots3_note_text": {"per_layer_config": None, "num_key_value_heads": 4, "head_dim": 24, "qk_rope_head_dim": 8},
     "step3p5": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
                 "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2, "num_sliding_attention_heads": 4},
     "idefics": {"additional_vocab_size": 0},
+    "blip-2": {"image_token_index": 130, "image_text_hidden_size": 64}, "instructblip": {"image_token_index": 130},
+    "instructblipvideo": {"video_token_index": 130}, "kosmos-2": {"latent_query_num": 4},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 64},
+    "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
+    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
     "vipllava": {"vision_feature_layer": [-1, -2]},
     "llava_next": {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
     "llava_onevision": {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192},
     "qwen2_5_vl_vision": {"window_size": 16, "fullatt_block_indexes": [1]},
-    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1]}, "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 1]},
     "llama4_vision_model": {"intermediate_size": 256, "projector_input_dim": 64},
     "siglip2_vision_model": {"num_patches": 64},
     "aria": {"projector_patch_to_query_dict": {16: 8, 1225: 8, 4900: 8}},
     "got_ocr2_vision": {"global_attn_indexes": [1]},
     "evolla": {"use_cache": True},
     "chameleon": {"vocabulary_map": {"<image>": 130, "IMGIMGA": 131}},
-    "emu3": {"vocabulary_map": {"<image>": 130}}, "emu3_text_model": {},
+    "emu3": {"vocabulary_map": {"<image>": 130}},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-                            "full_attention": None},
+        "rope_parameters": {"full_attention": None, "sliding_attention": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     },
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-2, 1]]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "topk_method": "greedy",
+                           "num_experts_per_tok": 2},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-2, 1]], "downsample_rate": "1/2"},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "molmo2_text": {"rope_scaling_layers": [0, 1, 2]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 140}, "qwen3_omni_moe_thinker": {"vision_start_token_id": 140},
@@ -253,92 +263,12 @@ def _peak(model):
             fan_in = parameter[0].numel() if parameter.ndim == 2 else parameter.shape[-1]
             with torch.no_grad():
                 parameter.normal_(0, (2.5 if wide else 1.0) / math.sqrt(fan_in))
+        elif "sink" in name:
+            with torch.no_grad():
+                parameter.normal_(1, 2)
         elif re.search(r"(q|k|query|key)_?(layer)?_?norm", name) and parameter.ndim == 1 and "weight" in name:
             with torch.no_grad():
                 parameter.normal_(1.5, 0.5)
 
 
 ALL_TYPES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | set(TEXT_TYPES))
-
-
-# How an image goes into the model, by model type; the rest is tested with text alone.
-IMAGES = {
-    **dict.fromkeys(
-        "llava vipllava aya_vision cohere2_vision got_ocr2 internvl paligemma gemma3 shieldgemma2 llama4 deepseek_vl "
-        "ovis2 blip-2 instructblip kosmos-2 lighton_ocr mistral3 janus aria".split(), "square"),
-    **dict.fromkeys("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe glm4v glm4v_moe glm46v exaone4_5".split(), "patches"),
-    **dict.fromkeys("idefics idefics2 idefics3 smolvlm".split(), "list"),
-    **dict.fromkeys("llava_next llava_onevision".split(), "tiles"),
-    "mllama": "mllama",
-    "lfm2_vl": "siglip2",
-}  # fmt: skip
-
-
-def pixels(model_type, config, random):
-    """What the model takes for one image, without the tokens that stand for it."""
-    vision, kind = getattr(config, "vision_config", None), IMAGES[model_type]
-    if kind == "patches":
-        size = vision.temporal_patch_size * 3 * vision.patch_size**2
-        return {"pixel_values": torch.randn(32, size, generator=random), "image_grid_thw": torch.tensor([[1, 4, 8]])}
-    if kind == "list":
-        return {"pixel_values": torch.randn(1, 1, 3, 16, 16, generator=random)}
-    if kind == "tiles":
-        return {"pixel_values": torch.randn(1, 3, 3, 16, 16, generator=random), "image_sizes": torch.tensor([[16, 32]])}
-    if kind == "mllama":
-        return {
-            "pixel_values": torch.randn(1, 1, 4, 3, 16, 16, generator=random),
-            "aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
-        }  # fmt: skip
-    if kind == "siglip2":
-        return {
-            "pixel_values": torch.randn(1, 16, 48, generator=random), "spatial_shapes": torch.tensor([[4, 4]]),
-            "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
-        }  # fmt: skip
-    made = {"pixel_values": torch.randn(1, 3, 16, 16, generator=random)}
-    if model_type in ("mistral3", "lighton_ocr"):
-        made["image_sizes"] = torch.tensor([[16, 16]])
-    return made
-
-
-def inputs(model_type, lengths, model=None, seed=0):
-    """Left-padded prompts of these lengths; with an image in each where `IMAGES` knows how."""
-    random = torch.Generator().manual_seed(seed)
-    rows, images = [], []
-    for length in lengths:
-        row = torch.randint(WORDS.start, WORDS.stop, (length,), generator=random).tolist()
-        if model_type in IMAGES:
-            images.append(pixels(model_type, model.config, random))
-            token = image_token(model.config)
-            n = 0 if token is None else image_tokens(model_type, model, images[-1])
-            row[3 : 3 + n if n < length - 12 else 3] = [token] * n
-        rows.append(row)
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    made = {"input_ids": ids, "attention_mask": mask}
-    if images:
-        made |= {name: torch.cat([each[name] for each in images]) for name in images[0]}
-        token = image_token(model.config)
-        is_image = torch.zeros_like(ids) if token is None else (ids == token).long()
-        if model_type in ("gemma3", "shieldgemma2", "paligemma"):
-            made["token_type_ids"] = is_image
-        if IMAGES[model_type] == "patches":
-            made["mm_token_type_ids"] = is_image
-        if model_type == "mllama":
-            made["cross_attention_mask"] = mask[:, :, None, None] * torch.tensor([1, 0, 0, 0])
-    return made
-
-
-def image_token(config):
-    return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-
-
-def image_tokens(model_type, model, image):
-    """How many tokens of the prompt an image stands for."""
-    if model_type == "mllama":
-        return 1
-    with torch.no_grad():
-        features = getattr(model, "get_image_features", model.model.get_image_features)(**image)
-    features = getattr(features, "pooler_output", features)
-    features = torch.cat([each.flatten(0, -2) for each in features]) if isinstance(features, (list, tuple)) else features
-    return features.numel() // features.shape[-1]
