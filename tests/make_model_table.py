@@ -1,11 +1,11 @@
 """Measures which model types work with the cache, and writes the table of them.
 
-`measure(model_type)` runs a tiny random model of the type, made by zoo.py, over two turns against laws 1 and 2 of the
-library and sorts it into *pruned*, *partly* (some layers are left whole), *refused* (one clear error) or, which must
-not happen, *wrong*. The reference is the same model with transformers' own cache, in which the pruned pairs are hidden
-by masks, layer by layer; it has no line in common with the library. What stayed is checked too, against the attention
-weights that the model's own eager code returns. `python tests/make_model_table.py --write docs/models.md` writes the
-table; test_models.py holds the file against what is measured.
+`measure(model_type)` holds a tiny random model of the type (zoo.py, zoo_inputs.py) over two turns against laws 1 and 2
+of the library and sorts it into *pruned*, *partly* (some layers are left whole), *refused* (one clear error) or, which
+must not happen, *wrong*. The reference is the same model with transformers' own cache, in which the pruned pairs are
+hidden by masks, layer by layer; it has no line in common with the library. What stayed is checked too, against the
+attention weights that the model's own eager code returns. `python tests/make_model_table.py --write docs/models.md`
+writes the table; test_models.py holds the file against what is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
 from transformers.modeling_utils import AttentionInterface
 
 import zoo
+import zoo_inputs
 from oracle import _Forced
 from prefixkv_cache import PrefixKVCache, PrefixProfile
 from prefixkv_cache.layer import PrunedLayer
@@ -37,15 +38,15 @@ TURN_WORDS, TURN_STEPS = 5, 3  # of the second turn
 LAW_1, LAW_2 = 1e-5, 1e-4
 
 WHY = {
-    "sliding_attention": "sliding: holds its window only",
-    "chunked_attention": "chunked: holds its chunk only",
+    "sliding_attention": "sliding: hold their window only",
+    "chunked_attention": "chunked: hold their chunk only",
     "linear_attention": "linear: a state, no pairs",
     "conv": "convolution: a state, no pairs",
-    "cross_attention": "cross-attention: its keys are no tokens of the prompt",
-    "shared": "uses the keys of an earlier layer, pruned there",
+    "cross_attention": "cross-attention: their keys are no tokens of the prompt",
+    "shared": "shared: use the keys of an earlier layer, pruned there",
     "moe": "no attention",
     "mlp": "no attention",
-    "minimax_m3_sparse": "indexed: looks its keys up by position",
+    "minimax_m3_sparse": "indexed: look their keys up by position",
 }
 """Why a layer is left whole, by its type in the config."""
 
@@ -174,7 +175,7 @@ class Case:
         """Logits of every step of both turns: [batch, steps, vocabulary]."""
         output = self.generate(self.inputs, self.first, cache, watch)
         logits = list(output.logits)
-        if self.model_type not in zoo.ONE_TURN:
+        if self.model_type not in zoo_inputs.ONE_TURN:
             ids = torch.cat([output.sequences, self.turn], dim=1)
             mask = self.inputs["attention_mask"]
             mask = torch.cat([mask, torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
@@ -196,7 +197,7 @@ class Case:
 
     def reference(self, log):
         """Logits of both turns with a full cache and masks, and the prompt's attention weights."""
-        decoder = zoo.decoder(self.model, self.model_type)
+        decoder = zoo_inputs.decoder(self.model, self.model_type)
         with Masked(self.full_cache()) as masked:
             follower = Follower(masked, log)
             hooks = (decoder.register_forward_pre_hook(follower.before, with_kwargs=True),
@@ -228,14 +229,12 @@ def law_2(case, make_cache):
     """Pruned, later logits are those of a full cache in which the pruned pairs are masked; and the right ones left."""
     log = []
     cache = make_cache(BUDGET)
-    layers = []
 
     def watch():
-        layers[:] = [at for at, layer in enumerate(cache.layers) if isinstance(layer, PrunedLayer)]
+        layers = [at for at, layer in enumerate(cache.layers) if isinstance(layer, PrunedLayer)]
         log.append({at: cache.kept_positions(at) for at in layers})
 
     ours = case.turns(cache, watch)
-    del cache
     reference, weights = case.reference(log)
     off = (ours - reference).abs().amax((0, 2))
     if not off.max() <= LAW_2:
@@ -244,8 +243,8 @@ def law_2(case, make_cache):
     whole = torch.stack(case.generate(case.inputs, case.first, case.full_cache(), lambda: None).logits, 1)
     if (whole - ours[:, :STEPS]).abs().max() < 1e-3:
         return "law 2 says nothing: pruning moves no logit"
-    kept = sum(int((log[0][at] >= 0).sum()) for at in layers)
-    share = kept / (int(case.inputs["attention_mask"].sum()) * len(layers))
+    kept = sum(int((log[0][at] >= 0).sum()) for at in log[0])
+    share = kept / (int(case.inputs["attention_mask"].sum()) * len(log[0]))
     if abs(share - BUDGET) > 0.05:
         return f"kept {share:.2f} of the prompt, not {BUDGET}"
     return selection(case.inputs["attention_mask"], log[0], weights)
@@ -263,7 +262,7 @@ def selection(mask, kept, weights):
             lowest = min(received[at].item() for at in stayed - {real[0], real[-1]})
             highest = max(received[at].item() for at in set(real) - stayed)
             if highest > lowest + 1e-5:
-                return f"selection: layer {layer} dropped a key with attention {highest:.3g}, kept one with {lowest:.3g}"
+                return f"selection: layer {layer} dropped a key that got {highest:.3g}, kept one that got {lowest:.3g}"
     return None
 
 
@@ -274,18 +273,22 @@ def measure(model_type):
     """Sort one model type."""
     if not issubclass(zoo.model_class(model_type), GenerationMixin):
         return Finding(model_type, "out of scope", remarks=["does not generate token by token"])
+    model = failure = None
     try:
-        config = zoo.tiny_config(model_type)
+        # The model first: some modelling files bring kinds of cache layers of their own.
         model = zoo.tiny(model_type)
     except Exception as error:  # whatever stops a tiny model from being built
-        return Finding(model_type, "not built", remarks=[one_line(error)])
+        failure = error
+    config = zoo.tiny_config(model_type)
     try:
         layers = PrefixKVCache(budget=BUDGET, config=config).layers
     except (ValueError, TypeError) as error:
         return refused(model, model_type, "at construction", error)
+    if model is None:
+        return Finding(model_type, "not built", remarks=[one_line(failure)])
     whole = [at for at, layer in enumerate(layers) if not isinstance(layer, PrunedLayer)]
     finding = Finding(model_type, "partly" if whole else "pruned", reasons(config, layers, whole))
-    finding.remarks.append("image and text" if model_type in zoo.IMAGES else "text")
+    finding.remarks.append("image and text" if model_type in zoo_inputs.IMAGES else "text")
     n_pruned = len(layers) - len(whole)
     uniform = PrefixProfile([BUDGET, 1.0], [[BUDGET] * n_pruned, [1.0] * n_pruned], {})
     with_config = partial(PrefixKVCache, config=config, queries=QUERIES)
@@ -330,7 +333,7 @@ def cases(model, model_type, notes):
             notes.append(f"has no {backend}")
             continue
         for rows in (1, 2):
-            case = Case(model, model_type, zoo.inputs(model_type, LENGTHS[:rows], model))
+            case = Case(model, model_type, zoo_inputs.inputs(model_type, LENGTHS[:rows], model))
             where = f"{backend}, batch of {rows}"
             try:
                 case.greedy(case.inputs, case.full_cache(), 2)
@@ -342,7 +345,7 @@ def cases(model, model_type, notes):
 
 def refused(model, model_type, when, error):
     """Refused, unless a cache that was told nothing lets the model run, and run wrong."""
-    for case, where in cases(model, model_type, []):
+    for case, where in cases(model, model_type, []) if model is not None else ():
         try:
             told = law_2(case, lambda budget: PrefixKVCache(budget=budget, queries=QUERIES))
         except Exception:  # any error will do: nothing goes wrong unseen
@@ -384,8 +387,8 @@ def page(findings):
 Made by `python tests/make_model_table.py --write docs/models.md` with transformers {transformers.__version__}; do not
 edit. {len(findings)} model types: {summary}.
 
-A tiny random model of each type ran over two turns, eager and sdpa, one row and a left-padded batch of two, with lengths
-searched on the prompt and with a profile, with `config=model.config` and without.
+A tiny random model of each type ran over two turns, eager and sdpa, one row and a left-padded batch of two, with
+lengths searched on the prompt and with a profile, with `config=model.config` and without.
 
 - **pruned**: every layer's cache is pruned. With budget 1.0 the tokens and logits are those of `DynamicCache`; with
   budget {BUDGET} every later logit is that of a full cache in which the pruned pairs are masked out, layer by layer.

@@ -13,11 +13,11 @@ import zoo
 from make_model_table import measure
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-NAMED = """
+NAMED = zoo.names("""
     llava llava_next llava_onevision vipllava qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 internvl gemma3
     gemma3n_text gemma4_text paligemma idefics2 idefics3 smolvlm mistral3 lighton_ocr llama4 mllama glm4v aya_vision
     cohere2_vision aria lfm2_vl got_ocr2 blip-2 llama qwen2 qwen3 mistral gemma2 phi3 deepseek_v3
-""".split()
+""")
 """Types that must work in any case; lighton_ocr is the type whose images Pixtral's vision tower reads."""
 
 

@@ -13,7 +13,7 @@ import re
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, CLIPVisionConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 VOCABULARY = 160
 WORDS = range(5, 120)  # ordinary text; 0 is padding, special tokens stand above
 WINDOW = 12
+
 
 def names(text):
     """Words of a text, as a list."""
@@ -70,9 +71,11 @@ SIZES = {
     "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
     "num_query_tokens": 4, "resampler_n_latents": 4, "laurel_rank": 4, "num_channels": 3,
 }  # fmt: skip
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 DECODER_LAYERS, VISION_LAYERS = 3, 2
 DERIVED = ("qk_head_dim", "mtp_layers_block_type", "layers_block_type")
+
+TIMM_VISION = ("gemma3n", "fast_vlm", "perception_lm")
 
 _MROPE = {"rope_parameters.mrope_section": [4, 2, 2]}
 _SLIDING_SHARED = {  # the last two layers use the keys of the two before them
@@ -102,6 +105,13 @@ OVERRIDES: dict[str, dict] = {
                            "mlp_layer_types": ["dense", "sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 3},
     "mllama_text_model": {"num_hidden_layers": 5, "cross_attention_layers": [1, 4]},
     "dots3_note_text": {"per_layer_config": None, "num_key_value_heads": 4, "head_dim": 24, "qk_rope_head_dim": 8},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 4, "ple_embed_dim": 16, "hc_lowrank": 8, "ngram_vocab_size_base": 100,
+    },
     "step3p5": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
                 "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2, "num_sliding_attention_heads": 4},
     "idefics": {"additional_vocab_size": 0},
@@ -138,12 +148,38 @@ OVERRIDES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def tiny_config(model_type, **overrides):
+VARIANTS = {
+    "mistral (sliding)": ("mistral", {"sliding_window": WINDOW}),
+    "pixtral": ("llava", {
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "vision_config": {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
+                          "num_attention_heads": 4, "head_dim": 16, "image_size": 16, "patch_size": 4}}),
+}  # fmt: skip
+"""Further configurations that are common: Mistral 7B as first released, Pixtral (LLaVA with a tower of its own)."""
+
+
+def tiny_config(model_type):
     """The type's default configuration with every size made small."""
+    model_type, overrides = VARIANTS.get(model_type, (model_type, {}))
     default = CONFIG_MAPPING[model_type]()
     small = _shrunk(default.to_dict(), default.get_text_config(decoder=True), {})
     _override(small, overrides)
-    return type(default)(**small)
+    config = type(default)(**small)
+    if model_type in TIMM_VISION:
+        _without_timm(config)
+    return config
+
+
+def _without_timm(config):
+    """A CLIP vision tower in the place of one that needs the timm package."""
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    vision.model_args = {"embed_dim": 64}
+    for name in ("vocab_size", "vocab_offset", "rms_norm_eps"):
+        if hasattr(config.vision_config, name):
+            setattr(vision, name, getattr(config.vision_config, name))
+    config.__dict__["vision_config"] = vision  # past the check of the field's type
 
 
 def _override(values, overrides):
@@ -234,14 +270,14 @@ def _small_rope(value):
 
 def model_class(model_type):
     """The class that `AutoModelForImageTextToText`, or else `AutoModelForCausalLM`, takes for this type."""
-    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    name = names.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    model_type, _ = VARIANTS.get(model_type, (model_type, {}))
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     return getattr(transformers, name)
 
 
-def tiny(model_type, attn="eager", **overrides):
+def tiny(model_type, attn="eager"):
     """A seeded random model of this type, with peaked attention."""
-    config = tiny_config(model_type, **overrides)
+    config = tiny_config(model_type)
     with torch.device("meta"):
         size = sum(each.numel() for each in model_class(model_type)._from_config(copy.deepcopy(config)).parameters())
     if size > 1.2e8:
@@ -271,4 +307,4 @@ def _peak(model):
                 parameter.normal_(1.5, 0.5)
 
 
-ALL_TYPES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | set(TEXT_TYPES))
+ALL_TYPES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | set(TEXT_TYPES) | set(VARIANTS))

@@ -56,7 +56,11 @@ def cache_layers(config: Any) -> list[tuple[str, Any]]:
         TypeError, ValueError: see `decoder_config`; also a model without a layer that can be pruned.
     """
     text = decoder_config(config)
-    layers = DynamicCache(config=config).layers
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        # Some models bring cache layers of their own, known to transformers once their code is imported.
+        raise ValueError(f"unknown layer type {error} in {text.model_type}; make the cache after the model") from None
     kinds = [_KINDS.get(type(layer).__name__, type(layer).__name__) for layer in layers]
     cross = getattr(text, "cross_attention_layers", None) or []
     kinds = ["cross attention" if index in cross else kind for index, kind in enumerate(kinds)]

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
 from .attention import HandedOut, hand_out, hold_door
 from .compat import explain_unseen
+from .distributed import mean_over_head_ranks
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .layer import Prompt, PrunedLayer
 from .masks import layer_mask, readable, real_tokens
@@ -283,7 +284,7 @@ class PrefixKVCache(Cache):
                 sink_logits=options.get("s_aux"),
                 max_bytes=self.max_bytes,
             )
-            prompt.importance = importance[:, -prompt.n_new :]
+            prompt.importance = mean_over_head_ranks(importance[:, -prompt.n_new :], module)
         prompt.attended = True
         if self._keep is not None or self._keeps_all(layer_idx) or layer.keep_ratios:
             self._prune_by_ratio(layer, prompt, self._ratio(layer_idx))
