@@ -672,7 +672,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="models/scene-llava", help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=6000, help="length of the run and of its schedule")
-    parser.add_argument("--minutes", type=float, help="end (and cool down) after this time if the steps take longer")
+    parser.add_argument("--minutes", type=float, default=80, help="end, cooled down, by then if the steps take longer")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from prefixkv_cache.demo import scenes
 
 CHECKPOINT = Path(__file__).parents[1] / "models" / "scene-llava"
+LEARNT = {"colour": 1.0, "object": 1.0, "size": 0.92, "colour by shape": 0.91}  # shares right, from the model card
 MOST_BYTES = 8_000_000
 DESCRIBED = scenes.TEST_SEEDS[5000:5012]  # not among the scenes of the model card's figures
 KNOWN_DESCRIPTION = (
@@ -160,12 +161,13 @@ def test_held_out_scenes_are_described_right(model, processor):
 
 
 def test_questions_on_held_out_scenes_are_answered(model, processor):
-    asked = [
-        (scene, question) for scene in map(scenes.draw_scene, DESCRIBED[:6]) for question in scenes.questions(scene)
-    ]
+    drawn = [scenes.draw_scene(seed) for seed in DESCRIBED[:6]]
+    asked = [(scene, question) for scene in drawn for question in scenes.questions(scene) if question.kind in LEARNT]
     texts = replies(model, processor, [(scene, question.text) for scene, question in asked])
     hits = [scenes.answer_matches(text, question) for text, (_, question) in zip(texts, asked, strict=True)]
-    assert sum(hits) / len(hits) >= 0.8
+    by_place = [hit for hit, (_, question) in zip(hits, asked, strict=True) if LEARNT[question.kind] == 1.0]
+    assert sum(by_place) / len(by_place) >= 0.95
+    assert sum(hits) / len(hits) >= 0.8  # 24 questions are few
 
 
 def test_a_conversation_goes_on(model, processor):

@@ -193,7 +193,7 @@ _DRAWERS = {
 
 
 def describe(scene: Scene) -> str:
-    """Name every object of a scene in reading order: 10 words and marks each, and 6 at the start."""
+    """Name every object of a scene in reading order: 11 words and marks each, and 6 at the start."""
     count = len(scene.objects)
     opening = f"the scene shows {NUMBERS[count]} object{'s' if count > 1 else ''}."
     return " ".join([opening, *(f"at the {thing.place} there is a {thing.name}." for thing in scene.objects)])
