@@ -109,7 +109,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=2_000_000_017, help="which scene to draw (default: a held-out one)")
     parser.add_argument("--out", default="out/demo.png", metavar="PNG", help="picture of what was kept (%(default)s)")
     parser.add_argument("--model", metavar="M", help="another model folder than the bundled one")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for torch")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads for torch (%(default)s)")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
