@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model, processor = load_model(str(bundled_dir("models") / "scene-llava"), device="cpu")
     drawn = [scenes.draw_scene(seed) for seed in scenes.TEST_SEEDS[1000 : 1000 + arguments.scenes]]
-    asked = [[q for q in scenes.questions(scene, 1) if q.kind in KINDS][0] for scene in drawn]
+    asked = [next(q for q in scenes.questions(scene, 1) if q.kind in KINDS) for scene in drawn]
 
     def answers(prompts: list[str], make: Callable[[], Cache], max_new_tokens: int) -> list[str]:
         texts = []

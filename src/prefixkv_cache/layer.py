@@ -340,8 +340,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
 
 def spare_slots(stored: int) -> int:
-    """Unused slots behind the stored pairs when a buffer is made: a tenth, so that growth is geometric; at least 60."""
-    return max(60, stored // 10)
+    """Unused slots behind the stored pairs when a buffer is made: a tenth, so that growth is geometric; at least 16."""
+    return max(16, stored // 10)
 
 
 def _padded(tensor: Tensor, dim: int = 1, fill: int = -1) -> Tensor:
