@@ -85,7 +85,7 @@ _SLIDING_SHARED = {  # the last two layers use the keys of the two before them
 _CONV = {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None, "num_hidden_layers": 4}
 # By the model type of the (sub-)configuration that they belong to; a dot leads into a dictionary.
 OVERRIDES: dict[str, dict] = {
-    **dict.fromkeys(names("qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text paddleocr_vl_text"), _MROPE),
+    **dict.fromkeys(names("qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text glm4v_text glm_ocr_text paddleocr_vl_text"), _MROPE),
     "glm4v_moe_text": {"rope_parameters.mrope_section": [2, 1, 1], "first_k_dense_replace": 1},
     "ernie4_5_vl_moe_text": {"rope_parameters.mrope_section": [3, 3, 2], "moe_intermediate_size": [32, 32]},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},

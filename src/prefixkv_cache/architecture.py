@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache
 
+from .compat import undescribed_layers
+
 PRUNABLE = "full_attention"
 
 # Models with attention code of their own, which never asks for transformers' attention function.
@@ -56,6 +58,11 @@ def cache_layers(config: Any) -> list[tuple[str, Any]]:
         TypeError, ValueError: see `decoder_config`; also a model without a layer that can be pruned.
     """
     text = decoder_config(config)
+    if undescribed := undescribed_layers(text):
+        raise ValueError(
+            f"{text.model_type} has layers whose cache this release of transformers does not describe ({undescribed}). "
+            "Use a newer transformers, or the model's own cache"
+        )
     try:
         layers = DynamicCache(config=config).layers
     except KeyError as error:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
 from .attention import HandedOut, hand_out, hold_door
-from .compat import explain_unseen
+from .compat import SEES_EAGER, crops_to_nothing, empty_after_reset, explain_unseen
 from .distributed import mean_over_head_ranks
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .layer import Prompt, PrunedLayer
@@ -169,6 +169,7 @@ class PrefixKVCache(Cache):
             ValueError: the batch differs from the stored one, or there are no tokens.
         """
         if not self._holds_door:
+            _refuse_unseen(layer_idx)
             hold_door(self)
             self._holds_door = True
         while len(self.layers) <= layer_idx:
@@ -213,6 +214,8 @@ class PrefixKVCache(Cache):
         if not self._from_config:
             self.layers, self._prunable = [], None
         super().reset()
+        for layer in self.layers:
+            empty_after_reset(layer)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of what was row `beam_idx[i]`, positions and decode state with it."""
@@ -232,7 +235,8 @@ class PrefixKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back."""
         self._settle()
-        super().crop(tokens_to_remove)
+        if not crops_to_nothing(tokens_to_remove):
+            super().crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Refused: what a decode step has overwritten cannot be put back, as assisted decoding would ask for.
@@ -448,14 +452,24 @@ def _check_integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def _refuse_unseen(layer_idx: int) -> None:
+    """Stop at the first forward where it is known beforehand that no attention call can be seen."""
+    if not SEES_EAGER and explain_unseen(_implementation(_calling_module())):
+        raise RuntimeError(_unseen_message(layer_idx))
+
+
 def _unseen_message(layer_idx: int) -> str:
     module = _calling_module()
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "unknown")
+    implementation = _implementation(module)
     return (
         f"the attention of layer {layer_idx} ({_name(module)}) never came through transformers' attention interface"
         f"{explain_unseen(implementation)}, so its cache could not be pruned. Either the model computes attention by "
         "code of its own (use DynamicCache), or an earlier forward was interrupted (call cache.reset())"
     )
+
+
+def _implementation(module: torch.nn.Module | None) -> str:
+    return getattr(getattr(module, "config", None), "_attn_implementation", "unknown")
 
 
 def _calling_module() -> torch.nn.Module | None:

@@ -1,20 +1,34 @@
-"""Where the supported releases of transformers (4.57 to 5.x) differ. All of it is here, so that it can go one day.
+"""Where the supported releases of transformers (4.57 to 5.23) differ. All of it is here, so that it can go one day.
 
 - The door. From 5.1 on every attention call asks `AttentionInterface.get_interface`, eager too. Before, backends other
   than eager are looked up by `AttentionInterface.__getitem__`, and eager attention cannot be seen.
 - Mask sizes. From 5.4 on they are asked for by the number of queries, before by the tensor of their positions.
 - `get_max_length` was called `get_max_cache_shape`, and `crop` took a length that remains.
+- Layers. Older releases describe every layer that is not sliding as one of full attention, also where it is none, and
+  their whole layers keep a zeroed prompt after `reset`.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import transformers
+from transformers import cache_utils
 from transformers.modeling_utils import AttentionInterface
 
 SEES_EAGER = hasattr(AttentionInterface, "get_interface")
 DOOR_METHOD = "get_interface" if SEES_EAGER else "__getitem__"
+
+_CROP_TAKES_LENGTH = "max_length" in inspect.signature(cache_utils.DynamicLayer.crop).parameters
+_DESCRIBED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+_LINEAR = (
+    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax",
+    "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm",
+    "zamba", "zamba2",
+)  # fmt: skip
+_INDEXED = ("glm_moe_dsa",)
 
 
 def n_queries(query_length: int | torch.Tensor) -> int:
@@ -38,4 +52,38 @@ def explain_unseen(attn_implementation: Any) -> str:
     """Why an attention call may have been missed that other releases would show; empty if there is nothing to say."""
     if SEES_EAGER or attn_implementation not in (None, "eager"):
         return ""
-    return " (with this transformers, eager attention cannot be seen: load the model with attn_implementation='sdpa')"
+    return (
+        f" (eager attention cannot be seen with transformers {transformers.__version__}, only from 5.1 on: "
+        "load the model with attn_implementation='sdpa')"
+    )
+
+
+def crops_to_nothing(tokens_to_remove: int) -> bool:
+    """Whether transformers' own layers would take `crop(0)`, nothing to take back, for a length of 0 that remains."""
+    return _CROP_TAKES_LENGTH and tokens_to_remove == 0
+
+
+def explain_crop() -> str:
+    """What asks for a crop to a length, in releases that do not say beforehand that they will; may be empty."""
+    if not _CROP_TAKES_LENGTH:
+        return ""
+    return ". Assisted decoding crops to a length in this transformers: generate without it, or with DynamicCache"
+
+
+def empty_after_reset(layer: Any) -> None:
+    """Make a whole layer as new, which in older releases goes on from the zeroed keys of what it was reset from."""
+    keys = getattr(layer, "keys", None)
+    if isinstance(keys, torch.Tensor) and keys.numel() and isinstance(layer, cache_utils.DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+
+
+def undescribed_layers(text_config: Any) -> str:
+    """Layers of this model that this transformers does not tell from full attention; empty if there are none."""
+    kind = getattr(text_config, "model_type", "")
+    others = set(getattr(text_config, "layer_types", None) or ()) - set(_DESCRIBED_LAYERS)
+    if not hasattr(cache_utils, "LinearAttentionLayer") and (others or kind in _LINEAR):
+        return ", ".join(sorted(others)) or "linear attention or convolution"
+    if not hasattr(cache_utils, "DynamicIndexedLayer") and kind in _INDEXED:
+        return "indexed attention"
+    return ""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .compat import MaxLengthNames, n_queries
+from .compat import MaxLengthNames, explain_crop, n_queries
 from .eviction import FixedPointEviction
 
 
@@ -308,6 +308,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, from {-self.seen} to 0; got {tokens_to_remove}"
+                f"{explain_crop()}"
             )
         if tokens_to_remove == 0 or self._buffers is None:
             return
