@@ -52,9 +52,9 @@ def generate(folder, **options):
 def test_ranks_with_half_of_the_heads_keep_what_all_heads_together_keep(tmp_path):
     make_model(tmp_path / "model")
     alone = generate(tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PREFIXKV_TEST_FOLDER": str(tmp_path)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-2000:]
     for rank in ("0", "1"):
         part = torch.load(tmp_path / f"{rank}.pt")
