@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test lint demo clean
+.PHONY: install test test-versions lint demo clean
 
 install: $(STAMP)
 
@@ -16,6 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The same laws with older releases of transformers; the newest is tested by `make test`. Takes minutes for each.
+test-versions:
+	$(PYTHON) tests/versions.py
 
 lint: install
 	$(BIN)/ruff check

@@ -25,6 +25,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import compat
+
 FAMILIES = ("llava_mha", "llava_gqa", "qwen2_5_vl", "gemma3")
 PADDED = (61, 44, 40)  # lengths of the rows of the left-padded batch
 IMAGE, VIDEO, VISION_START, VISION_END = 99, 98, 97, 96
@@ -48,7 +50,7 @@ def qwen_config():
     text = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        **compat.mrope(1e4, [1, 1, 2]),
     )  # fmt: skip
     vision = dict(
         depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, window_size=16, out_hidden_size=32,
@@ -106,7 +108,7 @@ def weights(family):
     return model
 
 
-def build(family, attn="eager", dtype=torch.float32):
+def build(family, attn=compat.PLAIN, dtype=torch.float32):
     """A fresh model of the family with the attention implementation and dtype asked for."""
     model = copy.deepcopy(weights(family)).to(dtype)
     model.set_attn_implementation(attn)
@@ -152,7 +154,8 @@ def collate(family, rows):
     }
     if family == "qwen2_5_vl":
         inputs["image_grid_thw"] = torch.cat([each["image_grid_thw"] for each in rows])
-        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+        if compat.TAKES_TOKEN_TYPES:
+            inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
     return inputs

@@ -57,8 +57,9 @@ class Oracle:
         self.weights = {}  # layer -> [rows, heads, queries, keys], the attention of the last forward pass
         for module in attention_modules(self.model):
             module.oracle = self
-        self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-        self.model.register_forward_hook(self._after, with_kwargs=True)
+        # Not on the outer model: some releases of transformers feed the chunks of a prompt past its hooks.
+        self.model.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.model.model.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, _, args, kwargs):
         seen, fed = self.cache.get_seq_length(), kwargs["input_ids"].shape[1]

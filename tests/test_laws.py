@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+import compat
 import models
 from models import FAMILIES, PADDED
 from oracle import Given, Oracle, Rule, feed, prompt_count
@@ -53,6 +54,9 @@ class Case:
     budget: float = 0.5
     queries: object = 32
     distance: object = 25
+
+    def __post_init__(self):
+        object.__setattr__(self, "attn", compat.seen(self.attn))
 
     def __str__(self):
         rows = f"{len(self.lengths)}row"
@@ -95,7 +99,7 @@ def covering_cases():
 CASES = covering_cases()
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_family = pytest.mark.parametrize("family", FAMILIES)
-each_backend = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+each_backend = pytest.mark.parametrize("attn", compat.BACKENDS)
 each_batch = pytest.mark.parametrize("lengths", [(61,), PADDED], ids=["one", "padded"])
 
 
@@ -422,7 +426,7 @@ def transformers_state(*and_models):
     state = {(str(place), name): value for place in places for name, value in vars(place).items() if callable(value)}
     for interface in (AttentionInterface, AttentionMaskInterface):
         state.update({(str(interface), name): value for name, value in interface._global_mapping.items()})
-    state["bound"] = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface
+    state["bound"] = getattr(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, compat.DOOR)
     for model in and_models:
         for name, module in model.named_modules():
             state[name] = (module.__class__, module.__class__.forward, sorted(vars(module)))
@@ -782,8 +786,24 @@ def test_a_model_whose_attention_does_not_pass_the_interface_is_refused(source):
         model.generate(input_ids=models.words(1, 20), past_key_values=cache, max_new_tokens=2)
     cache.reset()
     with pytest.raises(Exception, match="GitSelfAttention"):  # at the latest here, one token after the prompt
-        for length in (20, 1):
-            model(input_ids=models.words(1, length), past_key_values=cache)
+        for start, length in ((0, 20), (20, 1)):
+            place = {"attention_mask": torch.ones(1, length), "position_ids": torch.arange(start, start + length)[None]}
+            model(input_ids=models.words(1, length), past_key_values=cache, **place)
+
+
+@pytest.mark.skipif(compat.SEES_EAGER, reason="this transformers shows eager attention")
+@pytest.mark.parametrize("max_new_tokens", [1, 5])
+@each_family
+def test_eager_attention_that_cannot_be_seen_is_refused(family, max_new_tokens):
+    """At the first forward, with what to do about it; the cache and the model can be used afterwards."""
+    model, inputs = models.build(family, "eager"), models.batch(family)
+    cache = Case(family).cache()
+    with pytest.raises(RuntimeError, match=r"does not show eager attention.*attn_implementation='sdpa'"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens)
+    cache.reset()
+    model.set_attn_implementation("sdpa")
+    logits, _ = feed(model, inputs, models.words(1, STEPS + 1), cache)
+    assert torch.equal(logits, run(Case(family))[0])
 
 
 # The rest of the cache API: batches, beams, copies, crop.

@@ -11,7 +11,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from compat import CLIPImageProcessorPil
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>"]
 WORDS = ["what", "is", "there", "in", "the", "picture", "a", "red", "blue", "green", "circle", "square", "?", "."]
@@ -29,7 +30,7 @@ def save_model(folder, seed=5, layers=3):
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokens, padding_side="left", pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", additional_special_tokens=SPECIAL[4:],
+        unk_token="<unk>", additional_special_tokens=SPECIAL[4:], model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     processor = LlavaProcessor(

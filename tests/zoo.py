@@ -61,7 +61,7 @@ SIZES = {
     "mamba_d_head": "auto", "mamba_d_state": 16, "mamba_n_groups": 1, "block_multiple_of": 8,
     # reach
     "sliding_window": WINDOW, "attention_chunk_size": WINDOW, "sliding_window_size": WINDOW,
-    "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "query_pre_attn_scalar": 16,
+    "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "query_pre_attn_scalar": 40,
     # images: 16 pixels wide, patches of 4
     "image_size": 16, "patch_size": 4, "num_position_embeddings": 64, "image_seq_length": 16, "num_patches": 64,
     "mm_tokens_per_image": 16, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
@@ -85,12 +85,14 @@ _SLIDING_SHARED = {  # the last two layers use the keys of the two before them
 _CONV = {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None, "num_hidden_layers": 4}
 # By the model type of the (sub-)configuration that they belong to; a dot leads into a dictionary.
 OVERRIDES: dict[str, dict] = {
-    **dict.fromkeys(names("qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text glm4v_text glm_ocr_text paddleocr_vl_text"), _MROPE),
+    **dict.fromkeys(names("qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text"), _MROPE),
+    **dict.fromkeys(names("glm4v_text glm_ocr_text paddleocr_vl_text"), _MROPE),
     "glm4v_moe_text": {"rope_parameters.mrope_section": [2, 1, 1], "first_k_dense_replace": 1},
     "ernie4_5_vl_moe_text": {"rope_parameters.mrope_section": [3, 3, 2], "moe_intermediate_size": [32, 32]},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4, "mamba_dt_rank": 4},
     "lfm2": _CONV, "lfm3": _CONV,
+    "gemma2": {"attn_logit_softcapping": 5.0},
     "mistral": {"sliding_window": None}, "mixtral": {"sliding_window": None},
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -149,13 +151,14 @@ OVERRIDES: dict[str, dict] = {
 
 
 VARIANTS = {
+    "idefics2 (sliding)": ("idefics2", {"text_config.sliding_window": WINDOW}),
     "mistral (sliding)": ("mistral", {"sliding_window": WINDOW}),
     "pixtral": ("llava", {
         "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
         "vision_config": {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
                           "num_attention_heads": 4, "head_dim": 16, "image_size": 16, "patch_size": 4}}),
 }  # fmt: skip
-"""Further configurations that are common: Mistral 7B as first released, Pixtral (LLaVA with a tower of its own)."""
+"""Further configurations that are common: Mistral as first released, and in Idefics 2; Pixtral (LLaVA, another tower)."""
 
 
 def tiny_config(model_type):
@@ -307,4 +310,8 @@ def _peak(model):
                 parameter.normal_(1.5, 0.5)
 
 
-ALL_TYPES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | set(TEXT_TYPES) | set(VARIANTS))
+ALL_TYPES = sorted(
+    {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *VARIANTS}.union(
+        set(TEXT_TYPES) & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    )
+)

@@ -164,12 +164,14 @@ class PrefixKVCache(Cache):
             kwargs: for layers that are left whole.
 
         Raises:
-            RuntimeError: the attention call of this layer's last prompt never came through the door.
+            RuntimeError: the attention call of this layer's last prompt never came through the door, or this
+                transformers cannot show it (eager attention before 5.1).
             ProfileError: the model has more layers than the profile.
             ValueError: the batch differs from the stored one, or there are no tokens.
         """
         if not self._holds_door:
-            _refuse_unseen(layer_idx)
+            if not SEES_EAGER:
+                _refuse_eager(layer_idx)
             hold_door(self)
             self._holds_door = True
         while len(self.layers) <= layer_idx:
@@ -186,18 +188,30 @@ class PrefixKVCache(Cache):
         positions = layer.slot_positions() if layer.needs_own_mask else None
         return hand_out(keys, self, layer_idx, positions, layer.ragged), values
 
+    # Linear layers are transformers' own, and only a config tells of them; without one, these are the first calls.
+
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers, for linear layers, which only a config tells of."""
+        """As in transformers."""
         self._need_layer(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers, for linear layers, which only a config tells of."""
+        """As in transformers."""
         self._need_layer(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        self._need_layer(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        self._need_layer(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """As in transformers, for linear layers, which only a config tells of."""
+        """As in transformers."""
         self._need_layer(layer_idx or 0)
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
@@ -452,24 +466,21 @@ def _check_integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _refuse_unseen(layer_idx: int) -> None:
-    """Stop at the first forward where it is known beforehand that no attention call can be seen."""
-    if not SEES_EAGER and explain_unseen(_implementation(_calling_module())):
-        raise RuntimeError(_unseen_message(layer_idx))
+def _refuse_eager(layer_idx: int) -> None:
+    """Stop at the first update where it is known already that the attention call will not be seen."""
+    module = _calling_module()
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if reason := explain_unseen(implementation):
+        raise RuntimeError(f"the attention of layer {layer_idx} ({_name(module)}) cannot be observed{reason}")
 
 
 def _unseen_message(layer_idx: int) -> str:
     module = _calling_module()
-    implementation = _implementation(module)
     return (
-        f"the attention of layer {layer_idx} ({_name(module)}) never came through transformers' attention interface"
-        f"{explain_unseen(implementation)}, so its cache could not be pruned. Either the model computes attention by "
-        "code of its own (use DynamicCache), or an earlier forward was interrupted (call cache.reset())"
+        f"the attention of layer {layer_idx} ({_name(module)}) never came through transformers' attention interface, "
+        "so its cache could not be pruned. Either the model computes attention by code of its own (use DynamicCache), "
+        "or an earlier forward was interrupted (call cache.reset())"
     )
-
-
-def _implementation(module: torch.nn.Module | None) -> str:
-    return getattr(getattr(module, "config", None), "_attn_implementation", "unknown")
 
 
 def _calling_module() -> torch.nn.Module | None:

@@ -49,12 +49,12 @@ class MaxLengthNames:
 
 
 def explain_unseen(attn_implementation: Any) -> str:
-    """Why an attention call may have been missed that other releases would show; empty if there is nothing to say."""
+    """Why no attention call of this implementation is seen that newer releases would show; empty if it is."""
     if SEES_EAGER or attn_implementation not in (None, "eager"):
         return ""
     return (
-        f" (eager attention cannot be seen with transformers {transformers.__version__}, only from 5.1 on: "
-        "load the model with attn_implementation='sdpa')"
+        f": transformers {transformers.__version__} does not show eager attention, only 5.1 and later do; "
+        "load the model with attn_implementation='sdpa'"
     )
 
 

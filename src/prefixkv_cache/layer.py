@@ -331,8 +331,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move the buffers back to the layer's device."""
-        self._move(self.device)
+        """Move the buffers back to the layer's device, if there are any yet."""
+        if self.is_initialized:
+            self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
         if self._buffers is not None and self._buffers.keys.device != device:

@@ -41,8 +41,9 @@ def load_model(
         (model in eval mode, processor)
 
     Raises:
-        LoadError: there is no such model, or it is not of this kind.
+        LoadError: there is no such model, it is not of this kind, or some of its weights are not there.
     """
+    import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
@@ -59,11 +60,17 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+        model, found = loaded
         if device_map is None:
             model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         raise LoadError(f"cannot load {name!r} as an image-text-to-text model: {_first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise LoadError(
+            f"{name!r} lacks {len(missing)} weights of its model, such as {missing[0]!r}: this release of transformers "
+            f"({transformers.__version__}) does not know the layout in which it was saved"
+        )
     return model.eval(), processor
 
 

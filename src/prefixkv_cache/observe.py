@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .architecture import PRUNABLE, cache_layers
 from .attention import HandedOut, hand_out, hold_door
-from .compat import MaxLengthNames, n_queries
+from .compat import MaxLengthNames, explain_unseen, n_queries
 from .importance import DEFAULT_MAX_BYTES, attention_importance
 from .masks import readable, real_tokens
 
@@ -186,6 +186,7 @@ class ObservingCache(Cache):
 
 
 def _unseen_message(model: Any, layer_idx: int) -> str:
+    implementation = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
     modules = [
         f"{name}: {type(module).__module__}.{type(module).__qualname__}"
         for name, module in model.named_modules()
@@ -195,4 +196,5 @@ def _unseen_message(model: Any, layer_idx: int) -> str:
         f"the attention of layer {layer_idx} ({'; '.join(modules) or 'unknown module'}) never came through "
         "transformers' attention interface, so nobody can say what its keys receive. Either the model computes "
         "attention by code of its own, and cannot be pruned by this library, or it is compiled: calibrate it uncompiled"
+        f"{explain_unseen(implementation)}"
     )
