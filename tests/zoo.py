@@ -158,7 +158,7 @@ VARIANTS = {
         "vision_config": {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
                           "num_attention_heads": 4, "head_dim": 16, "image_size": 16, "patch_size": 4}}),
 }  # fmt: skip
-"""Further configurations that are common: Mistral as first released, and in Idefics 2; Pixtral (LLaVA, another tower)."""
+"""Further common configurations: Mistral as first released, and in Idefics 2; Pixtral, a LLaVA with another tower."""
 
 
 def tiny_config(model_type):

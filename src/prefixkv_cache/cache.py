@@ -11,6 +11,7 @@ import numbers
 import os
 import re
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class PrefixKVCache(Cache):
             self._set_prunable([index for index, (kind, _) in enumerate(found) if kind == PRUNABLE])
             layers = [self._new_layer() if kind == PRUNABLE else whole for kind, whole in found]
         self._from_config = config is not None
-        self._padding: tuple[Any, Tensor | None, list[int]] | None = None
+        self._padding: tuple[weakref.ref, Tensor | None, list[int]] | None = None
         self._holds_door = False
         super().__init__(layers=layers, offloading=offloading)
 
@@ -347,7 +348,7 @@ class PrefixKVCache(Cache):
 
     def _padding_of(self, mask: Any, batch: int, n_new: int) -> tuple[Tensor | None, list[int]]:
         """Which new tokens are real, and how many in each row. The same mask serves all layers of a forward."""
-        if self._padding is not None and self._padding[0] is mask and mask is not None:
+        if self._padding is not None and mask is not None and self._padding[0]() is mask:
             return self._padding[1], self._padding[2]
         real = real_tokens(mask, n_new)
         lengths = [n_new] * batch
@@ -356,7 +357,8 @@ class PrefixKVCache(Cache):
             lengths = real.sum(1).tolist()
             if min(lengths) == n_new:
                 real = None
-        self._padding = (mask, real, lengths)
+        # Weakly: a mask of a long prompt is larger than the cache, and must not outlive its forward.
+        self._padding = None if mask is None else (weakref.ref(mask), real, lengths)
         return real, lengths
 
     def _prune_by_ratio(self, layer: PrunedLayer, prompt: Prompt, first_ratio: float) -> None:
@@ -399,7 +401,13 @@ class PrefixKVCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PrunedLayer) and layer.prompt is not None and not layer.prompt.attended:
                 raise RuntimeError(_unseen_message(index if layer_idx is None else layer_idx))
-        if self._waiting():
+        waiting = len(self._waiting())
+        if waiting and self._prunable is not None and waiting < len(self._prunable):
+            raise RuntimeError(
+                f"an earlier prompt reached {waiting} of {len(self._prunable)} layers only, so the search for their "
+                "lengths never came to an end (was that forward interrupted?); call cache.reset()"
+            )
+        if waiting:
             self._prune_by_search()
 
 
