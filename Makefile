@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-versions lint demo clean
+.PHONY: install test test-versions lint demo models clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ lint: install
 
 demo: install
 	$(BIN)/prefixkv demo
+
+# docs/models.md, measured again; a test holds it against the models.
+models: install
+	$(BIN)/python tests/make_model_table.py --write docs/models.md
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -764,6 +764,14 @@ def test_a_config_that_cannot_be_pruned_is_refused(name):
         PrefixKVCache(budget=0.5, config=config)
 
 
+def test_linear_layers_are_not_taken_for_attention():
+    """Some releases of transformers do not tell them apart; then the model is refused."""
+    config = transformers.Qwen3NextConfig(num_hidden_layers=4)
+    assert config.layer_types.count("full_attention") == 1
+    with pytest.raises(ValueError, match=r"linear|\b4 layers.* 1 prunable"):
+        PrefixKVCache(profile(4), budget=0.5, config=config)
+
+
 @each_backend
 def test_a_model_with_sliding_layers_asks_for_its_config(attn):
     """Without it the cache could not know which layers to leave whole."""
@@ -917,6 +925,15 @@ def test_crop_of_nothing_is_nothing(case):
     model, inputs, sequences, cache = after_twelve(case)
     cache.crop(0)
     assert torch.equal(go_on(model, inputs, sequences, cache), wanted)
+
+
+def test_crop_of_nothing_leaves_whole_layers_as_they_are():
+    model, ids = models.build("gemma3", "sdpa"), models.words(1, 8)  # shorter than the sliding window
+    cache = Case("gemma3").cache()
+    feed(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, models.words(1, 4), cache)
+    before = cache.stored_lengths()
+    cache.crop(0)
+    assert cache.stored_lengths() == before
 
 
 def test_beams_with_pruning_are_true_too():

@@ -46,7 +46,11 @@ def environment(version):
 def test(version, arguments):
     """Run the tests with this release; whether they passed, and the last line of pytest's report."""
     files = [f"tests/test_{name}.py" for name in TESTS]
-    command = [environment(version), "-m", "pytest", "-p", "no:cacheprovider", *files, *arguments]
+    try:
+        python = environment(version)
+    except subprocess.CalledProcessError:
+        return False, "the environment could not be made"
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *files, *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         last = ""
         for line in run.stdout or ():
