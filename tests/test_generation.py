@@ -190,6 +190,7 @@ def test_chunks_are_pruned_as_they_come(lengths):
     model.generate(**inputs, past_key_values=cache, max_new_tokens=6, prefill_chunk_size=CHUNK)
     handle.remove()
     seen = [min(61, CHUNK * (step + 1)) for step in range(math.ceil(61 / CHUNK))]
+    assert len(peaks) >= 2
     assert all(peak <= 0.65 * tokens + 4 for peak, tokens in zip(peaks, seen, strict=False))
 
     oracle = Oracle(model, Given(log))

@@ -90,9 +90,13 @@ class PrefixKVCache(Cache):
             self._set_prunable([index for index, (kind, _) in enumerate(found) if kind == PRUNABLE])
             layers = [self._new_layer() if kind == PRUNABLE else whole for kind, whole in found]
         self._from_config = config is not None
+        self._depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config else None
         self._padding: tuple[weakref.ref, Tensor | None, list[int]] | None = None
         self._holds_door = False
-        super().__init__(layers=layers, offloading=offloading)
+        try:
+            super().__init__(layers=layers, offloading=offloading)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"offloading={offloading!r} needs streams, which a GPU has: {error}") from None
 
     @classmethod
     def for_model(cls, model: Any, budget: float = 0.5, **kwargs: Any) -> PrefixKVCache:
@@ -175,6 +179,11 @@ class PrefixKVCache(Cache):
                 _refuse_eager(layer_idx)
             hold_door(self)
             self._holds_door = True
+        if self._from_config and layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the model has a layer {layer_idx}, but the config that the cache was given speaks of "
+                f"{len(self.layers)} layers; pass the config of this model: config=model.config"
+            )
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer())
         layer = self.layers[layer_idx]
@@ -184,10 +193,20 @@ class PrefixKVCache(Cache):
             raise _wrong_depth(self.profile, f"at least {layer_idx + 1}")
         if layer.prompt is not None:
             self._settle(layer_idx)
+        self._check_in_step(layer, layer_idx, key_states.shape[2])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         # Taken now: a model that shares keys between layers shows this tensor again after the layer was pruned.
         positions = layer.slot_positions() if layer.needs_own_mask else None
         return hand_out(keys, self, layer_idx, positions, layer.ragged), values
+
+    def _check_in_step(self, layer: PrunedLayer, layer_idx: int, n_new: int) -> None:
+        """All layers are fed the same tokens; if they were not, an earlier forward broke off on the way."""
+        first = self.layers[self._prunable[0] if self._prunable else 0]
+        if isinstance(first, PrunedLayer) and first is not layer and layer.seen + n_new != first.seen:
+            raise RuntimeError(
+                f"layer {layer_idx} has seen {layer.seen} tokens where the first has seen {first.seen - n_new}: an "
+                "earlier forward was interrupted; call cache.reset()"
+            )
 
     # Linear layers are transformers' own, and only a config tells of them; without one, these are the first calls.
 
@@ -272,8 +291,14 @@ class PrefixKVCache(Cache):
 
     def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask of this layer: its own columns where it does not hold exactly the tokens seen."""
+        config = getattr(module, "config", None)
         if self._prunable is None:
-            self._learn(getattr(module, "config", None))
+            self._learn(config)
+        elif self._from_config and (found := getattr(config, "num_hidden_layers", self._depth)) != self._depth:
+            raise ValueError(
+                f"the model has {found} layers, but the config that the cache was given speaks of "
+                f"{self._depth}; pass the config of this model: config=model.config"
+            )
         prompt = self._pruned(handed.layer_idx).prompt
         if prompt is not None and not prompt.attended:
             # Read before the columns are taken: padding is told by logical columns.
@@ -379,9 +404,15 @@ class PrefixKVCache(Cache):
             _search_row(of_row[:, own], self.budget, self.sink) if length else [0] * len(waiting)
             for of_row, own, length in zip(importance, columns, lengths, strict=True)
         ]
+        # Where the least lengths alone use up the budget (a prompt of a few tokens, a chunk of padding), they are no
+        # measure of what comes later: such a row goes on by the budget itself.
+        least = len(waiting) * (self.sink + 1)
+        searched = [round(self.budget * len(waiting) * length) >= least for length in lengths]
         for layer, prompt, counts in zip(waiting, prompts, zip(*found, strict=True), strict=True):
-            # A row without a token yet (a chunk of padding) cannot be searched; it goes by the mean.
-            ratios = [count / length if length else self.budget for count, length in zip(counts, lengths, strict=True)]
+            ratios = [
+                count / length if decided else self.budget
+                for count, length, decided in zip(counts, lengths, searched, strict=True)
+            ]
             self._prune(layer, prompt, list(counts), ratios, self.sink)
 
     def _prune(self, layer: PrunedLayer, prompt: Prompt, counts: list[int], ratios: list[float], sink: int) -> None:
@@ -457,7 +488,7 @@ def _bundled_profile(config: Any) -> PrefixProfile | None:
 
 
 def _check_queries(queries: Any) -> int | str:
-    if queries == "all":
+    if isinstance(queries, str) and queries == "all":
         return queries
     if isinstance(queries, numbers.Integral) and not isinstance(queries, bool) and int(queries) >= 1:
         return int(queries)

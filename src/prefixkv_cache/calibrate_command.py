@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,7 +149,8 @@ def _remove(paths: Sequence[Path]) -> None:
 
 
 def _state_files(out: Path) -> list[Path]:
-    return [path for path in sorted(out.parent.iterdir()) if path.name.startswith(f"{out.name}.state")]
+    ours = re.compile(re.escape(out.name) + r"\.state(-\d+)?\.json")
+    return [path for path in sorted(out.parent.iterdir()) if ours.fullmatch(path.name)]
 
 
 # Several processes.

@@ -1,6 +1,6 @@
 """The `prefixkv` command: arguments in, one call of a module that does the work, an exit status out.
 
-Heavy imports stay inside the commands, so that `--help` answers at once. A mistake in the arguments or files ends in
+What a command needs beyond the package itself is imported inside it. A mistake in the arguments or files ends in
 one line on standard error and exit status 2, never in a traceback.
 """
 
@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"prefixkv {arguments.command}: {message}", file=sys.stderr)
+        return BAD_INPUT
+    except Exception as error:
+        if os.environ.get("PREFIXKV_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"prefixkv {arguments.command}: {what} (PREFIXKV_DEBUG=1 shows where)", file=sys.stderr)
         return BAD_INPUT
     return 0
 

@@ -79,14 +79,15 @@ def _pairs(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def run_generate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]) -> None:
     """The command: answer on standard output, the report on standard error. Bad input fails before the model loads."""
-    check_budget(arguments.budget)
+    PrefixKVCache(arguments.profile, check_budget(arguments.budget), queries=arguments.queries)
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt is empty; say what the model shall answer")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1; got {arguments.max_new_tokens}")
     pictures = [open_image(path) for path in arguments.image]
     options: dict[str, Any] = {"queries": arguments.queries}
     if arguments.profile is not None:
         options["profile"] = arguments.profile
-        PrefixKVCache(arguments.profile, arguments.budget, queries=arguments.queries)
     print(f"loading {arguments.model}", file=sys.stderr)
     model, processor = load()
     inputs = prepare(processor, [(arguments.prompt, pictures)], model.device)

@@ -13,9 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .masks import BlockMaskReader
+from .masks import BlockMaskReader, PickedMask
 
-Mask: TypeAlias = Tensor | BlockMaskReader | None
+Mask: TypeAlias = Tensor | BlockMaskReader | PickedMask | None
 
 _NOTHING = 1e-24  # attention that counts as none: far below what a float32 softmax can tell from zero
 DEFAULT_MAX_BYTES = 64 * 2**20
@@ -69,11 +69,13 @@ def attention_importance(
         max_bytes = min(max_bytes, _CPU_BYTES)
 
     for rows, heads, steps in _pieces(batch, kv_heads, query.shape[2], group, n_keys, head_dim, max_bytes):
-        piece_of_keys = key[rows, heads].float()
+        piece_of_keys = key[rows, heads]
+        if piece_of_keys.numel() <= max_bytes // 16:  # else even one head's keys are converted a block at a time
+            piece_of_keys = piece_of_keys.float()
         for span in steps:
             # Under the plain causal mask nobody in this span sees the keys behind its last query.
             seen = n_keys if causal_end is None else min(n_keys, int(causal_end[span].max()))
-            scores = _scores(query[rows, :, span], piece_of_keys[:, :, :seen], heads, group, factor)
+            scores = _scores(query[rows, :, span], piece_of_keys[:, :, :seen], heads, group, factor, max_bytes)
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
             _hide(scores, mask, causal_end, rows, heads, span, group)
@@ -92,6 +94,8 @@ def _queries_that_count(
     causal rule hides keys beyond the mask, the number of keys that each query sees (int64 [n], or [batch, n]).
     """
     n_queries = query.shape[2]
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = mask.expand(-1, -1, n_queries, -1)  # one row for all queries is a mask, too
     # Query i is the key number n_keys - n_queries + i, and sees all up to itself.
     causal_end = None
     if mask is None or mask.ndim == 2:
@@ -104,7 +108,7 @@ def _queries_that_count(
         last = slice(n_queries - window, n_queries)
         if isinstance(mask, BlockMaskReader):
             mask = mask.at_queries(torch.arange(last.start, last.stop, device=query.device).expand(len(query), -1))
-        elif mask is not None and mask.ndim == 4:
+        elif isinstance(mask, Tensor) and mask.ndim == 4:
             mask = mask[:, :, last]
         return query[:, :, last], mask, None, None if causal_end is None else causal_end[last]
 
@@ -115,20 +119,27 @@ def _queries_that_count(
     query = torch.take_along_dim(query, picks[:, None, :, None], dim=2)
     if isinstance(mask, BlockMaskReader):
         mask = mask.at_queries(picks)
-    elif mask is not None and mask.ndim == 4:
-        mask = torch.take_along_dim(mask, picks[:, None, :, None], dim=2)
+    elif isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = PickedMask(mask, picks)
     if causal_end is not None:
         causal_end = causal_end.to(picks.device)[picks]
     return query, mask, weight.to(query.device), causal_end
 
 
-def _scores(query: Tensor, keys: Tensor, heads: slice, group: int, scaling: float) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, heads: slice, group: int, scaling: float, max_bytes: int) -> Tensor:
     """float32 scores [batch, kv_heads, group, n, n_keys]; the query heads of a group share the keys, uncopied."""
     batch, _, n, head_dim = query.shape
     kv_heads, n_keys = keys.shape[1], keys.shape[2]
     query = query[:, heads.start * group : heads.stop * group].float() * scaling
     query = query.reshape(batch, kv_heads, group * n, head_dim)
-    return (query @ keys.transpose(-1, -2)).view(batch, kv_heads, group, n, n_keys)
+    if keys.dtype == torch.float32:
+        return (query @ keys.transpose(-1, -2)).view(batch, kv_heads, group, n, n_keys)
+    scores = query.new_empty(batch, kv_heads, group * n, n_keys)
+    block = max(1, max_bytes // 16 // (batch * kv_heads * head_dim))
+    for start in range(0, n_keys, block):
+        some = slice(start, start + block)
+        scores[..., some] = query @ keys[:, :, some].float().transpose(-1, -2)
+    return scores.view(batch, kv_heads, group, n, n_keys)
 
 
 def _hide(
@@ -148,7 +159,7 @@ def _hide(
         scores.masked_fill_(torch.arange(n_keys, device=scores.device) >= end, -torch.inf)
     if mask is None:
         return
-    if isinstance(mask, BlockMaskReader):
+    if isinstance(mask, (BlockMaskReader, PickedMask)):
         piece = mask.piece(rows, span, n_keys)
     elif mask.ndim == 2:
         piece = mask[rows, None, None, :n_keys] != 0

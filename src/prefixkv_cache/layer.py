@@ -135,8 +135,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the key and value tensors that are allocated, spare room included."""
-        held = self.prompt or self._buffers
-        return 0 if held is None else sum(tensor.numel() * tensor.element_size() for tensor in (held.keys, held.values))
+        held = [pairs for pairs in (self.prompt, self._buffers) if pairs is not None]
+        tensors = [tensor for pairs in held for tensor in (pairs.keys, pairs.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def ragged(self) -> bool:
@@ -198,13 +199,20 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         return self._begin_prompt(key_states, value_states)
 
     def _check(self, key_states: Tensor) -> None:
-        batch, _, n_new, _ = key_states.shape
+        batch, heads, n_new, head_dim = key_states.shape
         if n_new == 0:
             raise ValueError("the prompt has no tokens; a cache layer needs at least one")
         if self._buffers is not None and batch != self.batch_size:
             raise ValueError(
                 f"got a batch of {batch} for a cache that holds {self.batch_size} rows; "
                 "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
+            )
+
+        if self._buffers is not None and (heads, head_dim) != self._buffers.keys.shape[1::2]:
+            stored = self._buffers.keys.shape
+            raise ValueError(
+                f"got keys of {heads} heads of {head_dim} for a cache that holds {stored[1]} heads of {stored[3]}; "
+                "this is another model: call cache.reset() first"
             )
 
     def _begin_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,6 +306,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
             self._rows = [self._rows[row].copy() for row in indices.tolist()]
             # Without the longest rows, the slots that only they used are spare.
             self._width = max((row.stored for row in self._rows), default=0)
+            if self._buffers.keys.shape[2] - self._width > spare_slots(self._width):
+                slots = torch.arange(self._width, device=self._buffers.keys.device)
+                self._buffers = self._buffers.take(slots.expand(len(self._rows), -1))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.

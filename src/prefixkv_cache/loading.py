@@ -64,7 +64,9 @@ def load_model(
         model, found = loaded
         if device_map is None:
             model.to(device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except LoadError:
+        raise
+    except Exception as error:  # files of others, read by code of others: anything may come
         raise LoadError(f"cannot load {name!r} as an image-text-to-text model: {_first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise LoadError(
@@ -96,7 +98,10 @@ def chat_text(processor: Any, prompt: str, n_images: int = 1) -> str:
     """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        try:
+            return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's makers
+            raise LoadError(f"the model's chat template failed: {_first_line(error)}") from error
     return "".join(f"{getattr(processor, 'image_token', '<image>')}\n" for _ in range(n_images)) + prompt
 
 

@@ -13,6 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+_HIDDEN = -1e3
+
+
+class PickedMask:
+    """A [batch or 1, heads or 1, queries, keys] mask, read a piece at a time at some of its queries only.
+
+    Args:
+        mask: bool or additive.
+        picks: int64 [batch, n]: which queries it shall be read at.
+    """
+
+    ndim = 4
+
+    def __init__(self, mask: Tensor, picks: Tensor):
+        self._mask, self._picks = mask.expand(picks.shape[0], -1, -1, -1), picks
+
+    def piece(self, rows: slice, span: slice, n_keys: int) -> Tensor:
+        """[rows, heads or 1, span, n_keys]: the mask of these rows at these of the picked queries."""
+        picks = self._picks[rows, span]
+        row = torch.arange(rows.start, rows.stop, device=picks.device)[:, None]
+        return self._mask[row, :, picks, :n_keys].transpose(1, 2)
+
 
 class BlockMaskReader:
     """A flex attention `BlockMask`, read a piece at a time as if it were a bool tensor [batch, 1, queries, keys].
@@ -53,8 +75,8 @@ def readable(mask: Any) -> Any:
 def real_tokens(mask: Any, n_new: int) -> Tensor | None:
     """Which of the newest `n_new` tokens are real, not padding.
 
-    The last query sees every real token and no padding, under causal masks and under prefixes that are seen both
-    ways, for padding on the left as on the right.
+    A real token is seen by some query, itself at least; padding by none. (Of a `BlockMask`, which would have to be
+    written out for that, the last query is asked: under causal masks it sees every real token.)
 
     Args:
         mask: as the backend receives it, in logical columns; see `layer_mask`.
@@ -78,12 +100,11 @@ def real_tokens(mask: Any, n_new: int) -> Tensor | None:
             f"cannot read an attention mask of this kind: {kind}. Expected None, a [batch, keys] tensor or a "
             "[batch, heads, queries, keys] tensor; load the model with attn_implementation='sdpa' or 'eager'"
         )
-    last = mask if mask.ndim == 2 else mask[:, :, -1].any(1) if mask.dtype == torch.bool else mask[:, :, -1].amax(1)
-    last = last[:, -n_new:]
-    if last.is_floating_point():
-        # Additive: 0 where visible, hugely negative or -inf where not.
-        return last > torch.finfo(last.dtype).min / 2
-    return last.bool()
+    newest = mask[..., -n_new:]
+    if newest.ndim == 2 or not newest.is_floating_point():
+        return newest.bool() if newest.ndim == 2 else newest.flatten(1, 2).any(1)
+    # Additive: about 0 where visible; -inf, the lowest number, or what people write for it (-1e4, -1e9) where not.
+    return newest.amax((1, 2)) > _HIDDEN
 
 
 def layer_mask(mask: Any, positions: Tensor, ragged: bool, n_queries: int, backend: str) -> Any:
