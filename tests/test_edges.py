@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import compat
 import models
 from oracle import feed
 from prefixkv_cache import PrefixKVCache
@@ -36,7 +37,7 @@ def test_decoding_after_one_token_keeps_to_the_budget():
     assert max(cache.stored_lengths()) <= 0.2 * 100 + 1
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn", compat.BACKENDS)
 @pytest.mark.parametrize("lowest", [-1e4, -1e9, "lowest", "-inf"])
 def test_padding_in_a_mask_of_the_user_s_own(attn, lowest):
     """Additive 4-D masks hide by many numbers; padding is padding under all of them."""
