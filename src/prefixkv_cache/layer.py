@@ -83,7 +83,6 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     is_compileable = False
     is_sliding = False
     is_croppable = False
-    supports_early_init = False
 
     def __init__(self, distance: int | None = 25):
         self.distance = distance
