@@ -22,6 +22,9 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from .compat import DOOR_METHOD
+from .distributed import mean_over_head_ranks
+from .importance import attention_importance
+from .masks import readable
 
 _MARK = "_prefixkv_handed_out"
 _this_thread = threading.local()
@@ -93,6 +96,32 @@ def _recognise(module: Any, key: Any) -> HandedOut | None:
         handed = newest
     _this_thread.newest = None
     return handed
+
+
+def importance_of_call(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: Any,
+    options: dict[str, Any],
+    *,
+    queries: int | str,
+    real: torch.Tensor | None,
+    max_bytes: int,
+) -> torch.Tensor:
+    """Importance of the keys of one attention call, over all heads, those of other ranks too; see importance.py."""
+    importance = attention_importance(
+        query,
+        key,
+        readable(mask),
+        queries=queries,
+        real=real,
+        scaling=options.get("scaling"),
+        softcap=options.get("softcap"),
+        sink_logits=options.get("s_aux"),
+        max_bytes=max_bytes,
+    )
+    return mean_over_head_ranks(importance, module)
 
 
 class _Door:

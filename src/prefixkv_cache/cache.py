@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
-from .attention import HandedOut, hand_out, hold_door
+from .attention import HandedOut, hand_out, hold_door, importance_of_call
 from .compat import SEES_EAGER, crops_to_nothing, empty_after_reset, explain_unseen
-from .distributed import mean_over_head_ranks
-from .importance import DEFAULT_MAX_BYTES, attention_importance
+from .importance import DEFAULT_MAX_BYTES
 from .layer import Prompt, PrunedLayer
-from .masks import layer_mask, readable, real_tokens
+from .masks import layer_mask, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
 from .selection import select_keys
 from .threshold import search_threshold
@@ -317,18 +316,10 @@ class PrefixKVCache(Cache):
         if prompt is None or prompt.attended:
             return
         if not self._keeps_all(layer_idx):
-            importance = attention_importance(
-                query,
-                key,
-                readable(mask),
-                queries=self.queries,
-                real=prompt.real,
-                scaling=options.get("scaling"),
-                softcap=options.get("softcap"),
-                sink_logits=options.get("s_aux"),
-                max_bytes=self.max_bytes,
+            importance = importance_of_call(
+                module, query, key, mask, options, queries=self.queries, real=prompt.real, max_bytes=self.max_bytes
             )
-            prompt.importance = mean_over_head_ranks(importance[:, -prompt.n_new :], module)
+            prompt.importance = importance[:, -prompt.n_new :]
         prompt.attended = True
         if self._keep is not None or self._keeps_all(layer_idx) or layer.keep_ratios:
             self._prune_by_ratio(layer, prompt, self._ratio(layer_idx))

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .architecture import PRUNABLE, cache_layers
-from .attention import HandedOut, hand_out, hold_door
+from .attention import HandedOut, hand_out, hold_door, importance_of_call
 from .compat import MaxLengthNames, explain_unseen, n_queries
-from .importance import DEFAULT_MAX_BYTES, attention_importance
-from .masks import readable, real_tokens
+from .importance import DEFAULT_MAX_BYTES
+from .masks import real_tokens
 
 # Arguments that would make the model compute more than the attention, or that are ours to give.
 _NOT_PASSED_ON = ("labels", "past_key_values", "use_cache", "logits_to_keep")
@@ -165,15 +165,14 @@ class ObservingCache(Cache):
         """Compute the importance of this layer's keys. Layers that share keys count once, where the keys were made."""
         if handed.layer_idx in self.importance:
             return
-        self.importance[handed.layer_idx] = attention_importance(
+        self.importance[handed.layer_idx] = importance_of_call(
+            module,
             query,
             key,
-            readable(mask),
+            mask,
+            options,
             queries=self._queries,
             real=None if self.real is None else self.real.to(query.device),
-            scaling=options.get("scaling"),
-            softcap=options.get("softcap"),
-            sink_logits=options.get("s_aux"),
             max_bytes=self._max_bytes,
         )
 
