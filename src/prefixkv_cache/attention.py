@@ -22,7 +22,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from .compat import DOOR_METHOD
-from .distributed import mean_over_head_ranks
+from .distributed import join_head_ranks
 from .importance import attention_importance
 from .masks import readable
 
@@ -52,8 +52,8 @@ class HandedOut:
         cache: weak, so that a tensor that somebody keeps does not keep the cache.
         layer_idx: the layer whose keys these are.
         n_keys: how many.
-        positions: int64 [batch, n_keys], the logical position of each key (-1: none) where the mask must be remapped;
-            None where key i is token i.
+        positions: int64 [batch, 1 or kv_heads, n_keys], the logical position of each key (-1: none) where the mask must
+            be remapped; None where key i is token i.
         ragged: whether there is any -1 in `positions`.
     """
 
@@ -108,8 +108,15 @@ def importance_of_call(
     queries: int | str,
     real: torch.Tensor | None,
     max_bytes: int,
+    average: str = "sum",
+    per_head: bool = False,
 ) -> torch.Tensor:
-    """Importance of the keys of one attention call, over all heads, those of other ranks too; see importance.py."""
+    """Importance of the keys of one attention call, see importance.py.
+
+    Returns:
+        float32 [batch, n_keys], over all heads, those of other ranks too; with `per_head` [batch, kv_heads, n_keys], of
+        this rank's.
+    """
     importance = attention_importance(
         query,
         key,
@@ -119,9 +126,11 @@ def importance_of_call(
         scaling=options.get("scaling"),
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
+        average=average,
+        per_head=per_head,
         max_bytes=max_bytes,
     )
-    return mean_over_head_ranks(importance, module)
+    return importance if per_head else join_head_ranks(importance, module)
 
 
 class _Door:

@@ -1,8 +1,9 @@
 """`PrefixKVCache`: the drop-in. A list of layers, and who keeps how much.
 
 Ties the parts together for one model call after another: `update` stores and hands out keys (layer.py), the door
-(attention.py) reports the attention call, importance.py says what each key received, the profile or the search says
-how many stay, selection.py which ones, and the layer gathers them. The work itself is done in those modules.
+(attention.py) reports the attention call, importance.py says what each key received, scoring.py how that ranks the
+keys, the profile or the search how many stay, selection.py which ones, and the layer gathers them. The work itself is
+done in those modules.
 """
 
 from __future__ import annotations
@@ -12,21 +13,32 @@ import os
 import re
 import sys
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
 from .attention import HandedOut, hand_out, hold_door, importance_of_call
 from .compat import SEES_EAGER, crops_to_nothing, empty_after_reset, explain_unseen
+from .distributed import join_head_ranks
+from .eviction import Eviction, FixedPointEviction, LeastImportantEviction
 from .importance import DEFAULT_MAX_BYTES
 from .layer import Prompt, PrunedLayer
+from .lengths import pyramid_ratios, raise_counts_to_floor, raise_to_floor
 from .masks import layer_mask, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
-from .selection import select_keys
+from .scoring import Ranking, check_choice, check_fraction, rank_keys
+from .selection import places, select_keys
 from .threshold import search_threshold
+
+_LENGTHS = ("search", "uniform", "pyramid")
+_EVICTIONS = ("fixed-point", "oldest", "least-important")
+_MERGES = (None, "kv", "value")
 
 
 class PrefixKVCache(Cache):
@@ -48,11 +60,30 @@ class PrefixKVCache(Cache):
         budget: fraction of the prompt's KV pairs kept, averaged over the prunable layers, in (0, 1].
         config: the model's config. Needed for models with sliding, chunked or linear layers, which are left whole;
             checked against the profile whenever given.
-        queries: whose attention counts: `"all"` prompt tokens (the papers' equation), or an integer W: the last W real
-            tokens of the prompt.
+        queries: whose attention counts: `"all"` prompt tokens (the papers' equation), `"text"`: the text behind the
+            first image (needs `image_mask`), or an integer W: the last W real tokens of the prompt.
         sink: this many first tokens of the prompt are never pruned (its last token neither).
         distance: the fixed point of decoding lies this many pairs before the prompt's end. None: nothing leaves while
             decoding.
+        average: `"sum"` over these queries, or `"visible"`: divided by how many of them can see the key; see `Ranking`.
+        heads: how the heads agree on keys: `"mean"`, `"max"`, or `"each"`: every key head keeps its own; see `Ranking`.
+        pooling: window, in keys, over which importance spreads to neighbours, an odd number; 1: none; see `Ranking`.
+        value_norm: whether importance is multiplied by the norm of the value; see `Ranking`.
+        diversity: share of the score that is a key's difference from the others, in [0, 1]; see `Ranking`.
+        lengths: where there is no profile: `"search"` on the prompt, `"uniform"`: the budget for every layer, or
+            `"pyramid"`: falling from layer to layer (PyramidKV, arXiv 2406.02069).
+        floor: each layer keeps at least `floor * budget` of the prompt, in [0, 1]: that share of all pairs is
+            handed out equally, the rest by profile or search. 0: none; 1: uniform lengths.
+        recent: last tokens of the prompt that are never pruned: how many (at least 1), or below 1 a share of the pairs
+            that the layer keeps.
+        evict: which pair leaves while decoding: `"fixed-point"`, `"oldest"` behind the sink, or `"least-important"` by
+            attention received so far (H2O, arXiv 2306.14048). How many leave is the same for all.
+        merge: `"kv"`: each pruned pair is merged into the nearest that stays (Elastic Cache), `"value"`: its value
+            only, None: it is dropped.
+        image_mask: bool [batch, n_prompt], True at the image tokens of the first prompt. None: nothing is known of
+            images.
+        text_floor: share of the prompt's text tokens that is never pruned, in [0, 1], the best by score; where not even
+            that fits, as many as fit. Has a meaning only with an `image_mask`.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
         offloading: keep the pairs of all layers but the current one and the next in CPU memory (CUDA only), as
             transformers' own caches do.
@@ -71,16 +102,39 @@ class PrefixKVCache(Cache):
         queries: int | str = 32,
         sink: int = 1,
         distance: int | None = 25,
+        average: str = "sum",
+        heads: str = "mean",
+        pooling: int = 1,
+        value_norm: bool = False,
+        diversity: float = 0.0,
+        lengths: str = "search",
+        floor: float = 0.0,
+        recent: float = 1,
+        evict: str = "fixed-point",
+        merge: str | None = None,
+        image_mask: Tensor | None = None,
+        text_floor: float = 1.0,
         max_bytes: int = DEFAULT_MAX_BYTES,
         offloading: bool = False,
     ):
         self.budget = check_budget(budget)
-        self.queries = _check_queries(queries)
+        self.ranking = Ranking(queries, average, heads, pooling, value_norm, diversity)
         self.sink = _check_integer("sink", sink, 0)
         self.distance = None if distance is None else _check_integer("distance", distance, 1)
+        self.lengths = check_choice("lengths", lengths, _LENGTHS)
+        self.floor = check_fraction("floor", floor)
+        self.recent = _check_recent(recent)
+        self.evict = check_choice("evict", evict, _EVICTIONS)
+        self.merge = check_choice("merge", merge, _MERGES)
+        self.image_mask = _check_image_mask(image_mask)
+        self.text_floor = check_fraction("text_floor", text_floor)
         self.max_bytes = _check_integer("max_bytes", max_bytes, 1)
         self.profile = _load_profile(profile)
-        self._keep = None if self.profile is None else self.profile.keep_ratios(self.budget).tolist()
+        self._keep: list[float] | None = None
+        if self.profile is not None:
+            if self.lengths != "search":
+                raise ValueError(f"give a profile or lengths={lengths!r}, not both: each says how long the layers are")
+            self._keep = raise_to_floor(self.profile.keep_ratios(self.budget).tolist(), self.budget, self.floor)
         # Decoder layers that can be pruned, by index; None until a config has told.
         self._prunable: list[int] | None = None
         layers: list[Any] = []
@@ -98,7 +152,7 @@ class PrefixKVCache(Cache):
             raise ValueError(f"offloading={offloading!r} needs streams, which a GPU has: {error}") from None
 
     @classmethod
-    def for_model(cls, model: Any, budget: float = 0.5, **kwargs: Any) -> PrefixKVCache:
+    def for_model(cls, model: Any, budget: float = 0.5, *, inputs: Any = None, **kwargs: Any) -> PrefixKVCache:
         """A cache for this model: its config, and the bundled profile of this model if there is one.
 
         A bundled profile is taken when the model's name or path holds the profile's name and the depths agree.
@@ -106,10 +160,14 @@ class PrefixKVCache(Cache):
         Args:
             model: a transformers model; only its `config` is looked at.
             budget: fraction of the prompt's KV pairs kept, in (0, 1].
+            inputs: what the processor made of the prompt. With them, `image_mask` is filled from the model's image (and
+                video) token ids.
             kwargs: further arguments of `PrefixKVCache`.
         """
         kwargs.setdefault("config", model.config)
-        if "profile" not in kwargs:
+        if inputs is not None:
+            kwargs.setdefault("image_mask", image_mask_of(inputs, model.config))
+        if "profile" not in kwargs and kwargs.get("lengths", "search") == "search":
             kwargs["profile"] = _bundled_profile(model.config)
         return cls(budget=budget, **kwargs)
 
@@ -123,8 +181,9 @@ class PrefixKVCache(Cache):
         """The logical position of each stored pair of a layer.
 
         Returns:
-            int64 [batch, stored]: columns of the tokens fed so far (padding counted), in the order in which the pairs
-            lie in memory (rising after a prompt; decoding overwrites slots); -1 where a slot holds nothing.
+            int64 [batch, stored], or [batch, kv_heads, stored] with `heads="each"`: columns of the tokens fed so far
+            (padding counted), in the order in which the pairs lie in memory (rising after a prompt; decoding overwrites
+            slots); -1 where a slot holds nothing.
 
         Raises:
             IndexError: there is no such layer (yet).
@@ -132,7 +191,8 @@ class PrefixKVCache(Cache):
         """
         layer = self.layers[layer_idx]
         if isinstance(layer, PrunedLayer):
-            return layer.slot_positions().clone()
+            positions = layer.slot_positions()
+            return (positions[:, 0] if positions.shape[1] == 1 else positions).clone()
         keys = getattr(layer, "keys", None)
         if not hasattr(layer, "get_seq_length"):
             raise ValueError(f"layer {layer_idx} is a {type(layer).__name__}, which holds no key for each position")
@@ -242,8 +302,9 @@ class PrefixKVCache(Cache):
             )
 
     def reset(self) -> None:
-        """Forget all pairs; ready for another, unrelated prompt."""
+        """Forget all pairs, and the image mask, which was that prompt's; ready for another, unrelated prompt."""
         self._padding = None
+        self.image_mask = None
         if not self._from_config:
             self.layers, self._prunable = [], None
         super().reset()
@@ -302,9 +363,10 @@ class PrefixKVCache(Cache):
         if prompt is not None and not prompt.attended:
             # Read before the columns are taken: padding is told by logical columns.
             prompt.real, prompt.lengths = self._padding_of(mask, query.shape[0], prompt.n_new)
+            prompt.image = self._image_of(prompt, query.shape[0], self.layers[handed.layer_idx].get_seq_length())
         if handed.positions is None:
             return mask
-        return layer_mask(mask, handed.positions, handed.ragged, query.shape[2], backend)
+        return layer_mask(mask, handed.positions, handed.ragged, query, backend)
 
     def after_attention(
         self, handed: HandedOut, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
@@ -313,28 +375,96 @@ class PrefixKVCache(Cache):
         layer_idx = handed.layer_idx
         layer = self._pruned(layer_idx)
         prompt = layer.prompt
+        if prompt is None and layer.accumulates:
+            layer.accumulate(self._importance(module, query, key, mask, options))
         if prompt is None or prompt.attended:
             return
         if not self._keeps_all(layer_idx):
-            importance = importance_of_call(
-                module, query, key, mask, options, queries=self.queries, real=prompt.real, max_bytes=self.max_bytes
-            )
-            prompt.importance = importance[:, -prompt.n_new :]
+            importance = self._importance(module, query, key, mask, options, prompt)
+            n_old = importance.shape[2] - prompt.n_new
+            if n_old and layer.accumulates:
+                layer.accumulate(importance[..., :n_old])
+            prompt.scores = self._scores(importance[..., n_old:], prompt, module)
         prompt.attended = True
         if self._keep is not None or self._keeps_all(layer_idx) or layer.keep_ratios:
             self._prune_by_ratio(layer, prompt, self._ratio(layer_idx))
+        elif self.lengths != "search":
+            raise ValueError(
+                f"lengths={self.lengths!r} needs the number of layers, which this model's attention does not tell; "
+                "give config=model.config"
+            )
         elif self._prunable is not None and layer_idx == self._prunable[-1]:
             self._prune_by_search()
+
+    # How keys are ranked.
+
+    def _importance(
+        self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], prompt: Prompt | None = None
+    ) -> Tensor:
+        """What each key of an attention call received: float32 [batch, 1 or kv_heads, n_keys]."""
+        ranking = self.ranking
+        importance = importance_of_call(
+            module,
+            query,
+            key,
+            mask,
+            options,
+            queries="all" if prompt is None or ranking.queries == "text" else ranking.queries,
+            real=None if prompt is None else self._counting(prompt),
+            max_bytes=self.max_bytes,
+            average=ranking.average,
+            per_head=ranking.by_head,
+        )
+        return importance if ranking.by_head else importance[:, None]
+
+    def _counting(self, prompt: Prompt) -> Tensor | None:
+        """Whose queries may count, bool [batch, n_new]; None: everybody's."""
+        if self.ranking.queries != "text":
+            return prompt.real
+        if prompt.image is None:
+            raise ValueError("queries='text' ranks keys by the text behind the first image; give image_mask, too")
+        text = ~prompt.image if prompt.real is None else ~prompt.image & prompt.real
+        behind = text & (prompt.image.cumsum(1) > 0)
+        # A row without an image, or with nothing behind it, goes by all its text.
+        return torch.where(behind.any(1, keepdim=True), behind, text)
+
+    def _scores(self, importance: Tensor, prompt: Prompt, module: Any) -> Tensor:
+        """By which the keys of a prompt are kept: float32 [batch, 1 or kv_heads, n_new]."""
+        ranking, keys, values = self.ranking, prompt.keys[:, :, -prompt.n_new :], prompt.values[:, :, -prompt.n_new :]
+        if ranking.by_head and importance.shape[1] != keys.shape[1]:
+            raise ValueError(
+                f"this model stores {keys.shape[1]} key heads and attends with {importance.shape[1]}, so single heads "
+                f"cannot be told: leave heads={ranking.heads!r}, pooling and value_norm out"
+            )
+        scores = rank_keys(importance, keys, values, ranking, prompt.real)
+        # Over all heads where they agree on keys; what is asked of single heads was not joined with other ranks yet.
+        shared = ranking.by_head and ranking.heads != "each"
+        return join_head_ranks(scores, module, ranking.heads) if shared else scores
 
     # How much each layer keeps.
 
     def _new_layer(self) -> PrunedLayer:
-        return PrunedLayer(distance=self.distance)
+        share = 0.0 if self.recent >= 1 else self.recent
+        return PrunedLayer(self._eviction(), recent=share, sink=self.sink, merge=self.merge)
+
+    def _eviction(self) -> Callable[[int, int, float], Eviction]:
+        """The decode rule of a row, made from its pairs stored, tokens seen and keep ratio."""
+        if self.distance is None:
+            return FixedPointEviction
+        if self.evict == "oldest":
+            return partial(FixedPointEviction, point=self.sink)
+        if self.evict == "least-important":
+            return LeastImportantEviction
+        return partial(FixedPointEviction, distance=self.distance)
 
     def _set_prunable(self, prunable: list[int]) -> None:
-        if self._keep is not None and len(self._keep) != len(prunable):
+        if self.profile is not None and self.profile.n_layers != len(prunable):
             raise _wrong_depth(self.profile, str(len(prunable)))
         self._prunable = prunable
+        if self.lengths != "search":
+            steepness = 1.0 if self.lengths == "uniform" else 20.0
+            ratios = pyramid_ratios(self.budget, len(prunable), steepness)
+            self._keep = raise_to_floor(ratios, self.budget, self.floor)
 
     def _learn(self, config: Any) -> None:
         """Check the model by its attention module's config, where none was given to the constructor."""
@@ -377,6 +507,21 @@ class PrefixKVCache(Cache):
         self._padding = None if mask is None else (weakref.ref(mask), real, lengths)
         return real, lengths
 
+    def _image_of(self, prompt: Prompt, batch: int, seen: int) -> Tensor | None:
+        """Which new tokens are image tokens, bool [batch, n_new]; None where nothing is known of images."""
+        if self.image_mask is None:
+            return None
+        mask = self.image_mask.to(prompt.keys.device)
+        if batch % mask.shape[0]:
+            raise ValueError(
+                f"image_mask has {mask.shape[0]} rows for a batch of {batch}; it must be bool [batch, n_prompt]"
+            )
+        # Beams and several sequences of one prompt stand side by side.
+        mask = mask.repeat_interleave(batch // mask.shape[0], 0)
+        # What comes behind the first prompt is text.
+        mask = F.pad(mask, (0, max(0, seen - mask.shape[1])))
+        return mask[:, seen - prompt.n_new : seen]
+
     def _prune_by_ratio(self, layer: PrunedLayer, prompt: Prompt, first_ratio: float) -> None:
         # A later prompt goes by the ratios that its rows have already; and the sink is the first prompt's.
         ratios = layer.keep_ratios or [first_ratio] * layer.batch_size
@@ -389,11 +534,13 @@ class PrefixKVCache(Cache):
         waiting = self._waiting()
         prompts = [layer.prompt for layer in waiting if layer.prompt is not None]
         lengths, real = prompts[0].lengths, prompts[0].real
-        importance = torch.stack([prompt.importance.cpu() for prompt in prompts if prompt.importance is not None], 1)
-        columns = torch.ones_like(importance[:, 0], dtype=torch.bool) if real is None else real.cpu()
+        scores = torch.stack([prompt.scores.mean(1).cpu() for prompt in prompts if prompt.scores is not None], 1)
+        columns = torch.ones_like(scores[:, 0], dtype=torch.bool) if real is None else real.cpu()
         found = [
-            _search_row(of_row[:, own], self.budget, self.sink) if length else [0] * len(waiting)
-            for of_row, own, length in zip(importance, columns, lengths, strict=True)
+            raise_counts_to_floor(_search_row(of_row[:, own], self.budget, self.sink), self.floor)
+            if length
+            else [0] * len(waiting)
+            for of_row, own, length in zip(scores, columns, lengths, strict=True)
         ]
         # Where the least lengths alone use up the budget (a prompt of a few tokens, a chunk of padding), they are no
         # measure of what comes later: such a row goes on by the budget itself.
@@ -407,12 +554,33 @@ class PrefixKVCache(Cache):
             self._prune(layer, prompt, list(counts), ratios, self.sink)
 
     def _prune(self, layer: PrunedLayer, prompt: Prompt, counts: list[int], ratios: list[float], sink: int) -> None:
-        importance = None if counts == prompt.lengths else prompt.importance
-        device = prompt.keys.device
-        kept = select_keys(importance, counts, real=prompt.real, sink=sink, n_keys=prompt.n_new, device=device)
+        kept = self._select(prompt, counts, sink)
         layer.prune(kept, counts, ratios)
         if self.offloading:
             layer.offload()
+
+    def _select(self, prompt: Prompt, counts: list[int], sink: int) -> Tensor:
+        """Kept columns of a prompt, int64 [batch, 1 or kv_heads, max(counts)]; see selection.py."""
+        recent = int(self.recent) if self.recent >= 1 else [round(self.recent * count) for count in counts]
+        return select_keys(
+            None if counts == prompt.lengths else prompt.scores,
+            counts,
+            real=prompt.real,
+            sink=sink,
+            recent=recent,
+            protected=self._protected(prompt),
+            n_keys=prompt.n_new,
+            device=prompt.keys.device,
+        )
+
+    def _protected(self, prompt: Prompt) -> Tensor | None:
+        """The text tokens that go before all image tokens, bool [batch, n_new]; None: nobody does."""
+        if prompt.image is None or prompt.scores is None or self.text_floor == 0.0:
+            return None
+        text = ~prompt.image if prompt.real is None else ~prompt.image & prompt.real
+        scores = prompt.scores.mean(1).masked_fill(~text, -torch.inf)
+        rank = places(scores.argsort(dim=1, descending=True, stable=True))
+        return text & (rank < (text.sum(1, keepdim=True) * self.text_floor).ceil())
 
     def _waiting(self) -> list[PrunedLayer]:
         """Layers whose prompt is not pruned yet."""
@@ -431,6 +599,16 @@ class PrefixKVCache(Cache):
             )
         if waiting:
             self._prune_by_search()
+
+
+def image_mask_of(inputs: Any, config: Any) -> Tensor | None:
+    """Which prompt tokens stand for images or videos: bool [batch, n_prompt]; None where the config names no token."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    tokens = [token for name in names if isinstance(token := getattr(config, name, None), int)]
+    if not tokens:
+        return None
+    ids = inputs["input_ids"]
+    return torch.isin(ids, torch.tensor(tokens, device=ids.device))
 
 
 def _stored(layer: Any) -> int:
@@ -478,14 +656,24 @@ def _bundled_profile(config: Any) -> PrefixProfile | None:
     return None
 
 
-def _check_queries(queries: Any) -> int | str:
-    if isinstance(queries, str) and queries == "all":
-        return queries
-    if isinstance(queries, numbers.Integral) and not isinstance(queries, bool) and int(queries) >= 1:
-        return int(queries)
-    raise (ValueError if isinstance(queries, (str, numbers.Integral)) else TypeError)(
-        f"queries must be 'all' or how many of the prompt's last tokens count, at least 1; got {queries!r}"
-    )
+def _check_recent(recent: Any) -> float:
+    if not isinstance(recent, numbers.Real) or isinstance(recent, bool):
+        raise TypeError(f"recent must be a number of tokens, or a share of the pairs kept below 1; got {recent!r}")
+    number = float(recent)
+    if not number > 0 or (number > 1 and not number.is_integer()):
+        raise ValueError(
+            f"recent must be a number of tokens, 1 or more, or a share of the pairs kept in (0, 1); got {recent!r}"
+        )
+    return number
+
+
+def _check_image_mask(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+        what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"image_mask must be a bool tensor [batch, n_prompt], True at image tokens; got {what}")
+    return mask
 
 
 def _check_integer(name: str, value: Any, least: int) -> int:

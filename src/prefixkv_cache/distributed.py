@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 
-def mean_over_head_ranks(importance: Tensor, module: Any) -> Tensor:
+def join_head_ranks(importance: Tensor, module: Any, how: str = "mean") -> Tensor:
     """The mean of `importance` over the ranks that hold the other heads of this attention module; itself if none do.
 
     Args:
-        importance: float32 [batch, keys], the mean over the heads of this rank. Ranks hold equally many.
+        importance: float32 of any shape, the mean (or maximum) over the heads of this rank. Ranks hold equally many.
         module: the attention module.
+        how: `"mean"` or `"max"`.
     """
     group = _head_group(module)
     if group is None:
         return importance
     total = importance.clone()
+    if how == "max":
+        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
+        return total
     torch.distributed.all_reduce(total, group=group)
     return total / torch.distributed.get_world_size(group)
 

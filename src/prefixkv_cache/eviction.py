@@ -1,17 +1,46 @@
-"""Where the next pair goes while decoding, and which pair leaves for it: fixed-point eviction.
+"""Where the next pair goes while decoding, and which pair leaves for it: one small machine for each row of a layer.
 
-The decode rule of Elastic Cache (arXiv 2407.18121, section 3.3) and PrefixKV, kept for one row of one layer as plain
-integers: no tensor is touched here, the layer writes to the slot that it is given. Slots are places in memory;
-rotary angles were applied before the keys were stored, so a pair can lie in any slot.
+The count is the same for all rules: a layer that would hold one pair more than its share of the tokens seen lets one
+go. Which one is the rule's own: `FixedPointEviction` is that of Elastic Cache (arXiv 2407.18121, section 3.3) and
+PrefixKV, `LeastImportantEviction` that of H2O (arXiv 2306.14048, algorithm 1). Plain integers: no tensor is touched
+here, the layer writes to the slot that it is given. Slots are places in memory; rotary angles were applied before the
+keys were stored, so a pair can lie in any slot.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Protocol
+
+
+class Eviction(Protocol):
+    """What a layer asks of a row's rule.
+
+    Attributes:
+        stored: pairs in the row.
+        seen: real tokens that the row was fed so far.
+        keep: keep ratio of the layer, fraction kept in [0, 1].
+    """
+
+    stored: int
+    seen: int
+    keep: float
+
+    def next_slot(self) -> int | None:
+        """Take in one more token; return the slot for its pair, or None: that of the least important pair."""
+        ...
+
+    def copy(self) -> Eviction:
+        """An independent continuation of the same row (a beam that splits)."""
+        ...
+
+    def shortened(self, stored: int, removed: int) -> Eviction:
+        """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
+        ...
 
 
 class FixedPointEviction:
-    """The slots of one row of one layer, one decode step after another.
+    """The pair at one fixed index leaves, one decode step after another.
 
     After a prompt the layer holds `stored` pairs in slots `0 .. stored - 1`, in the order of their positions. Each
     step adds a pair; if then `stored - seen * keep >= 1`, the pair at index `P = stored_at_prompt - distance` (in
@@ -25,20 +54,26 @@ class FixedPointEviction:
         stored: pairs in the row after the prompt.
         seen: real tokens that the row was fed so far.
         keep: keep ratio of the layer, fraction kept in [0, 1]. At 1 nothing leaves.
-        distance: P lies this many pairs before the prompt's end; at least 1. None: nothing leaves while decoding.
+        distance: P lies this many pairs before the prompt's end; at least 1. None: nothing leaves.
+        point: P itself, instead of a distance: `sink` makes everything behind the sink a queue (StreamingLLM).
     """
 
     __slots__ = ("keep", "point", "queue", "seen", "stored")
 
-    def __init__(self, stored: int, seen: int, keep: float, distance: int | None):
+    def __init__(self, stored: int, seen: int, keep: float, distance: int | None = None, point: int | None = None):
         self.stored, self.seen, self.keep = stored, seen, keep
         self.point: int | None = None
         self.queue: deque[int] = deque()
-        if distance is not None and keep < 1.0:
+        if keep >= 1.0:
+            return
+        if point is not None:
+            self.point = min(point, stored)
+        elif distance is not None:
             self.point = stored - distance if stored - distance >= 1 else stored // 2
+        if self.point is not None:
             self.queue.extend(range(self.point, stored))
 
-    def next_slot(self) -> int:
+    def next_slot(self) -> int | None:
         """Take in one more token and return the slot for its pair: the leaving pair's, or the first unused one."""
         self.seen += 1
         if self.queue and self.stored + 1 - self.seen * self.keep >= 1:
@@ -52,14 +87,45 @@ class FixedPointEviction:
 
     def copy(self) -> FixedPointEviction:
         """An independent continuation of the same row (a beam that splits)."""
-        twin = FixedPointEviction(self.stored, self.seen, self.keep, None)
+        twin = FixedPointEviction(self.stored, self.seen, self.keep)
         twin.point, twin.queue = self.point, self.queue.copy()
         return twin
 
     def shortened(self, stored: int, removed: int) -> FixedPointEviction:
         """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
-        twin = FixedPointEviction(stored, max(stored, self.seen - removed), self.keep, None)
+        twin = FixedPointEviction(stored, max(stored, self.seen - removed), self.keep)
         if self.point is not None:
             twin.point = min(self.point, max(stored - 1, 0))
             twin.queue.extend(range(twin.point, stored))
         return twin
+
+
+class LeastImportantEviction:
+    """The pair that has received least attention leaves; the layer, which holds the sums, knows which one that is.
+
+    Args:
+        stored: pairs in the row after the prompt.
+        seen: real tokens that the row was fed so far.
+        keep: keep ratio of the layer, fraction kept in [0, 1]. At 1 nothing leaves.
+    """
+
+    __slots__ = ("keep", "seen", "stored")
+
+    def __init__(self, stored: int, seen: int, keep: float):
+        self.stored, self.seen, self.keep = stored, seen, keep
+
+    def next_slot(self) -> int | None:
+        """Take in one more token; return the first unused slot, or None: that of the least important pair."""
+        self.seen += 1
+        if self.keep < 1.0 and self.stored + 1 - self.seen * self.keep >= 1:
+            return None
+        self.stored += 1
+        return self.stored - 1
+
+    def copy(self) -> LeastImportantEviction:
+        """An independent continuation of the same row (a beam that splits)."""
+        return LeastImportantEviction(self.stored, self.seen, self.keep)
+
+    def shortened(self, stored: int, removed: int) -> LeastImportantEviction:
+        """The row after its newest `removed` tokens were taken back."""
+        return LeastImportantEviction(stored, max(stored, self.seen - removed), self.keep)

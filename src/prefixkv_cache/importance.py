@@ -18,6 +18,7 @@ from .masks import BlockMaskReader, PickedMask
 Mask: TypeAlias = Tensor | BlockMaskReader | PickedMask | None
 
 _NOTHING = 1e-24  # attention that counts as none: far below what a float32 softmax can tell from zero
+_HIDDEN_SCORE = -5e3  # a score below is that of a hidden key: -inf, or what an additive mask of any dtype makes of it
 DEFAULT_MAX_BYTES = 64 * 2**20
 """Ceiling for the temporaries of one call, all of them together."""
 _CPU_BYTES = 16 * 2**20
@@ -36,6 +37,8 @@ def attention_importance(
     scaling: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    average: str = "sum",
+    per_head: bool = False,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Tensor:
     """Attention probability that each key receives, summed over the queries that count, averaged over the heads.
@@ -50,21 +53,27 @@ def attention_importance(
             float [batch or 1, heads or 1, n_queries, n_keys], or [batch, n_keys] (nonzero: visible, and causal).
             A flex attention mask comes behind a `BlockMaskReader`.
         queries: `"all"`, or how many of each row's last real queries count.
-        real: bool [batch, n_queries], False at padding tokens, whose queries never count. None: no padding.
+        real: bool [batch, n_queries], False at queries that never count: padding tokens and whoever else shall not.
+            None: no padding.
         scaling: factor on the scores; head_dim ** -0.5 when None.
         softcap: the scores pass `softcap * tanh(scores / softcap)` when given.
         sink_logits: [query_heads], a learned score that takes part in the softmax beside the keys (gpt-oss).
+        average: `"sum"` over the queries that count, or `"visible"`: that sum divided by the number of counting
+            queries that can see the key, so that early keys, which more queries see, have no advantage.
+        per_head: whether to give one row for each key head, the mean over the query heads that share it.
         max_bytes: ceiling for all temporaries together.
 
     Returns:
-        float32 [batch, n_keys], zero where no counting query sees the key.
+        float32 [batch, n_keys], or [batch, kv_heads, n_keys] with `per_head`; zero where no counting query sees the
+        key.
     """
     batch, query_heads, _, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
     factor = head_dim**-0.5 if scaling is None else scaling
     query, mask, weight, causal_end = _queries_that_count(query, mask, n_keys, queries, real)
     group = query_heads // kv_heads
-    total = torch.zeros(batch, n_keys, dtype=torch.float32, device=key.device)
+    total = torch.zeros(batch, kv_heads, n_keys, dtype=torch.float32, device=key.device)
+    viewers = torch.zeros(batch, n_keys, dtype=torch.float32, device=key.device) if average == "visible" else None
     if key.device.type == "cpu":
         max_bytes = min(max_bytes, _CPU_BYTES)
 
@@ -81,8 +90,19 @@ def attention_importance(
             _hide(scores, mask, causal_end, rows, heads, span, group)
             span_weight = None if weight is None else weight[rows, span]
             beside = None if sink_logits is None else sink_logits.view(kv_heads, group)[heads].float()
-            total[rows, :seen] += _column_sums(scores, span_weight, beside)
-    return total.masked_fill_(total < _NOTHING, 0.0) / query_heads
+            if viewers is not None and heads.start == 0:  # which keys a query sees is the same in all heads
+                viewers[rows, :seen] += _viewers(scores[:, 0, 0], span_weight)
+            total[rows, heads, :seen] += _column_sums(scores, span_weight, beside)
+    total.masked_fill_(total < _NOTHING, 0.0)
+    if viewers is not None:
+        total /= viewers.clamp_min_(1.0)[:, None]
+    return total / group if per_head else total.sum(1) / query_heads
+
+
+def _viewers(scores: Tensor, weight: Tensor | None) -> Tensor:
+    """How many of the queries that count see each key: scores [batch, n, n_keys] -> [batch, n_keys]."""
+    visible = scores > _HIDDEN_SCORE
+    return (visible if weight is None else visible & weight[..., None]).sum(1)
 
 
 def _queries_that_count(
@@ -101,16 +121,16 @@ def _queries_that_count(
     if mask is None or mask.ndim == 2:
         causal_end = torch.arange(n_keys - n_queries + 1, n_keys + 1)
     if queries == "all" or int(queries) >= n_queries:
-        return query, mask, real, causal_end
+        if real is None:
+            return query, mask, None, causal_end
+        # Queries before the first that counts in any row, or behind the last, need not be looked at.
+        counting = real.any(0).nonzero().flatten().tolist() or [0]
+        span = slice(counting[0], counting[-1] + 1)
+        return _span_of_queries(query, mask, span, real[:, span], causal_end)
 
     window = int(queries)
     if real is None or bool(real[:, -window:].all()):
-        last = slice(n_queries - window, n_queries)
-        if isinstance(mask, BlockMaskReader):
-            mask = mask.at_queries(torch.arange(last.start, last.stop, device=query.device).expand(len(query), -1))
-        elif isinstance(mask, Tensor) and mask.ndim == 4:
-            mask = mask[:, :, last]
-        return query[:, :, last], mask, None, None if causal_end is None else causal_end[last]
+        return _span_of_queries(query, mask, slice(n_queries - window, n_queries), None, causal_end)
 
     # Rows end at different columns (or have fewer real tokens than the window): pick for each row its own queries.
     columns = torch.arange(n_queries, device=real.device)
@@ -124,6 +144,19 @@ def _queries_that_count(
     if causal_end is not None:
         causal_end = causal_end.to(picks.device)[picks]
     return query, mask, weight.to(query.device), causal_end
+
+
+def _span_of_queries(
+    query: Tensor, mask: Mask, span: slice, weight: Tensor | None, causal_end: Tensor | None
+) -> tuple[Tensor, Mask, Tensor | None, Tensor | None]:
+    """What `_queries_that_count` returns, for queries that stand together."""
+    if span == slice(0, query.shape[2]):
+        return query, mask, weight, causal_end
+    if isinstance(mask, BlockMaskReader):
+        mask = mask.at_queries(torch.arange(span.start, span.stop, device=query.device).expand(len(query), -1))
+    elif isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = mask[:, :, span]
+    return query[:, :, span], mask, weight, None if causal_end is None else causal_end[span]
 
 
 def _scores(query: Tensor, keys: Tensor, heads: slice, group: int, scaling: float, max_bytes: int) -> Tensor:
@@ -176,7 +209,7 @@ def _hide(
 
 
 def _column_sums(scores: Tensor, weight: Tensor | None, sink_logits: Tensor | None) -> Tensor:
-    """Softmax over the last dimension, then the sum over heads and weighted queries: [batch, n_keys].
+    """Softmax over the last dimension, then the sum over weighted queries and each group: [batch, kv_heads, n_keys].
 
     The scores are overwritten. Dividing by the row sums is folded into the sum over the queries, so that the
     exponentials are written once and read once.
@@ -202,7 +235,7 @@ def _column_sums(scores: Tensor, weight: Tensor | None, sink_logits: Tensor | No
         share = share * weight[:, None, None, :]
     batch, kv_heads, group, n, n_keys = scores.shape
     flat = scores.view(batch, kv_heads, group * n, n_keys)
-    return (share.reshape(batch, kv_heads, 1, group * n) @ flat).sum((1, 2))
+    return (share.reshape(batch, kv_heads, 1, group * n) @ flat).squeeze(2)
 
 
 def _pieces(

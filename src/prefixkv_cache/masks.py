@@ -107,47 +107,55 @@ def real_tokens(mask: Any, n_new: int) -> Tensor | None:
     return newest.amax((1, 2)) > _HIDDEN
 
 
-def layer_mask(mask: Any, positions: Tensor, ragged: bool, n_queries: int, backend: str) -> Any:
+def layer_mask(mask: Any, positions: Tensor, ragged: bool, query: Tensor, backend: str) -> Any:
     """The mask of one layer: the columns of its stored pairs, slots that hold nothing hidden.
 
     Args:
         mask: None, bool (True: visible) or additive float [batch or 1, heads or 1, n_queries, seen], or
             [batch, seen] (nonzero: visible; flash attention), or a flex attention `BlockMask`.
-        positions: int64 [batch, stored]: the logical column of each stored pair, -1 where a slot holds nothing. The
-            newest tokens stand last.
+        positions: int64 [batch, 1 or kv_heads, stored]: the logical column of each stored pair, -1 where a slot holds
+            nothing. The newest tokens stand last.
         ragged: whether there is any -1 in `positions`.
-        n_queries: number of tokens in this forward.
+        query: [batch, query_heads, n_queries, head_dim]; only its shape is looked at.
         backend: name of the attention implementation. It decides the form of a mask that has to be made.
 
     Returns:
         The mask in the same form with `stored` columns; None where there is none and none is needed.
     """
+    # What hides padding, empty slots and later tokens is the same for all heads, whichever earlier tokens they hold.
+    shared = positions[:, 0]
     if mask is None:
         if "flash" in backend:
-            return (positions >= 0).int() if ragged else None
-        if n_queries == 1:
-            return (positions >= 0)[:, None, None, :] if ragged else None
+            return (shared >= 0).int() if ragged else None
+        if query.shape[2] == 1:
+            return (shared >= 0)[:, None, None, :] if ragged else None
         # Backends align a causal mask that they make themselves at column n_queries, not at the stored length.
-        newest = positions[:, -n_queries:, None]
-        return ((positions[:, None, :] <= newest) & (positions >= 0)[:, None, :])[:, None]
+        newest = shared[:, -query.shape[2] :, None]
+        return ((shared[:, None, :] <= newest) & (shared >= 0)[:, None, :])[:, None]
     if isinstance(mask, BlockMask):
-        return _own_block_mask(mask, positions, n_queries)
-    columns = positions.clamp_min(0) if ragged else positions
+        return _own_block_mask(mask, positions, query)
     if mask.ndim == 2:
-        own = mask.expand(positions.shape[0], -1).gather(1, columns)
-        return own.masked_fill(positions < 0, 0) if ragged else own
+        own = mask.expand(shared.shape[0], -1).gather(1, shared.clamp_min(0) if ragged else shared)
+        return own.masked_fill(shared < 0, 0) if ragged else own
+    if positions.shape[1] > 1:
+        positions = positions.repeat_interleave(query.shape[1] // positions.shape[1], 1)
+        mask = mask.expand(-1, query.shape[1], -1, -1)
     own = mask.expand(positions.shape[0], -1, -1, -1)
-    own = own.gather(3, columns[:, None, None, :].expand(-1, own.shape[1], own.shape[2], -1))
+    columns = positions.clamp_min(0) if ragged else positions
+    own = own.gather(3, columns[:, :, None, :].expand(-1, own.shape[1], own.shape[2], -1))
     if not ragged:
         return own
     hidden = False if own.dtype == torch.bool else torch.finfo(own.dtype).min
-    return own.masked_fill((positions < 0)[:, None, None, :], hidden)
+    return own.masked_fill((positions < 0)[:, :, None, :], hidden)
 
 
-def _own_block_mask(mask: BlockMask, positions: Tensor, n_queries: int) -> BlockMask:
+def _own_block_mask(mask: BlockMask, positions: Tensor, query: Tensor) -> BlockMask:
+    batch, heads, stored = positions.shape
+    group = query.shape[1] // heads
+
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        position = positions[b, kv]
+        position = positions[b, h // group, kv]
         return (position >= 0) & mask.mask_mod(b, h, q, position.clamp_min(0))
 
-    batch, stored = positions.shape
-    return create_block_mask(visible, batch, None, n_queries, stored, device=str(positions.device))
+    n_heads = query.shape[1] if heads > 1 else None
+    return create_block_mask(visible, batch, n_heads, query.shape[2], stored, device=str(positions.device))

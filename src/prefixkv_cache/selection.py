@@ -1,6 +1,6 @@
-"""Which keys of a layer stay: importance and a count for each row -> kept columns, rising.
+"""Which keys of a layer stay: scores and a count for each row -> kept columns, rising.
 
-A pure function between the lengths (profile.py or threshold.py) and the layer that gathers what is kept.
+A pure function between the lengths (profile.py, lengths.py or threshold.py) and the layer that gathers what is kept.
 Ranking is by one order for all counts, so a larger count keeps a superset (law 4).
 """
 
@@ -11,59 +11,78 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LARGE = 1e30
+
 
 def select_keys(
-    importance: Tensor | None,
+    scores: Tensor | None,
     counts: Sequence[int],
     *,
     real: Tensor | None = None,
     sink: int = 0,
+    recent: int | Sequence[int] = 1,
+    protected: Tensor | None = None,
     n_keys: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The `counts[b]` keys of row b to keep: the protected ones, then by falling importance, ties to the lower column.
+    """The `counts[b]` keys of row b to keep: the protected ones, then by falling score, ties to the lower column.
 
-    Protected are the first `sink` real keys of a row and its last real key.
+    Protected are the first `sink` real keys of a row and its last one, then its other `recent` ones, newest first, then
+    those marked as `protected` by falling score: in this order where there is no room for all.
 
     Args:
-        importance: float32 [batch, n_keys], or None where every real key stays (then `n_keys` and `device` are given).
+        scores: float32 [batch, 1 or kv_heads, n_keys], or None where every real key stays (then `n_keys` and `device`
+            are given). Where heads have scores of their own, each keeps keys of its own.
         counts: how many keys each row keeps, at most its real keys.
         real: bool [batch, n_keys], False at padding, which is never kept. None: no padding.
         sink: number of leading real keys that are never pruned.
-        n_keys: number of keys, asked for only where `importance` is None.
+        recent: number of last real keys that are never pruned, for all rows or for each.
+        protected: bool [batch, n_keys], more keys that go before the others. None: no more.
+        n_keys: number of keys, asked for only where `scores` is None.
         device: of the result, likewise.
 
     Returns:
-        int64 [batch, max(counts)]: kept columns, rising in each row; -1 fills the rows that keep fewer.
+        int64 [batch, 1 or kv_heads, max(counts)]: kept columns, rising in each row; -1 fills the rows that keep fewer.
     """
     batch = len(counts)
-    if importance is not None:
-        n_keys, device = importance.shape[1], importance.device
+    if scores is not None:
+        n_keys, device = scores.shape[-1], scores.device
     if n_keys is None:
-        raise ValueError("select_keys needs the importance or n_keys")
+        raise ValueError("select_keys needs the scores or n_keys")
     columns = torch.arange(n_keys, device=device)
-    if importance is None:
+    if scores is None:
         kept = torch.ones(batch, n_keys, dtype=torch.bool, device=device) if real is None else real
+        kept = kept[:, None]
     else:
-        rank = _rank(importance, real, sink)
+        recents = recent if isinstance(recent, Sequence) else [recent] * batch
         limit = torch.tensor(list(counts), device=device)
-        kept = rank < limit[:, None]
+        kept = _rank(scores, real, sink, recents, protected) < limit[:, None, None]
     # Columns that stay come first, rising; the others are all n_keys, behind them.
     width = max(counts, default=0)
-    chosen = torch.where(kept, columns, n_keys).sort(dim=1).values[:, :width]
+    chosen = torch.where(kept, columns, n_keys).sort(dim=-1).values[..., :width]
     return chosen.masked_fill_(chosen == n_keys, -1)
 
 
-def _rank(importance: Tensor, real: Tensor | None, sink: int) -> Tensor:
-    """int64 [batch, n_keys]: 0 for the first to be kept. Protected keys lead, padding comes last."""
-    n_keys = importance.shape[1]
+def _rank(scores: Tensor, real: Tensor | None, sink: int, recent: Sequence[int], protected: Tensor | None) -> Tensor:
+    """int64 [batch, heads, n_keys]: 0 for the first to be kept. Protected keys lead, padding comes last."""
+    batch, _, n_keys = scores.shape
     # A key that is not a number (an overflow in the model) must not push out the ones that are.
-    score = importance.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
+    scores = scores.float().nan_to_num(nan=0.0, posinf=_LARGE / 10).clamp_max(_LARGE / 10)
     if real is None:
-        real = torch.ones_like(importance, dtype=torch.bool)
+        real = torch.ones(batch, n_keys, dtype=torch.bool, device=scores.device)
     order = real.cumsum(1)
-    protected = real & ((order <= sink) | (order == order[:, -1:]))
-    score = score.masked_fill(protected, torch.inf).masked_fill(~real, -torch.inf)
-    by_score = score.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(n_keys, device=score.device).expand_as(by_score)
-    return torch.empty_like(by_score).scatter_(1, by_score, places)
+    last = order[:, -1:]
+    if protected is not None:
+        by_rank = places(scores.argsort(dim=-1, descending=True, stable=True)).to(scores.dtype)
+        scores = torch.where((protected & real)[:, None], _LARGE * (2.0 - by_rank / n_keys), scores)
+    newest = order > last - torch.tensor(list(recent), device=scores.device)[:, None]
+    scores = torch.where((newest & real)[:, None], (_LARGE * (4.0 + order / n_keys))[:, None], scores)
+    ends = real & ((order <= sink) | (order == last))
+    scores = scores.masked_fill(ends[:, None], torch.inf).masked_fill(~real[:, None], -torch.inf)
+    return places(scores.argsort(dim=-1, descending=True, stable=True))
+
+
+def places(order: Tensor) -> Tensor:
+    """The rank of each column from the order of the columns: the inverse permutation along the last dimension."""
+    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
