@@ -15,16 +15,9 @@ import os
 import random
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import distributed
 
 from .architecture import cache_layers
 from .calibrate import (
@@ -41,9 +34,8 @@ from .calibrate import (
 from .calibration_state import CalibrationState
 from .data import Record, read_records
 from .loading import open_image, prepare
+from .processes import Processes, Report, join_processes
 from .profile import SUFFIX
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]) -> None:
@@ -62,8 +54,8 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
         raise ValueError("--samples and --batch-size must be at least 1")
     all_records = read_records(arguments.data, arguments.images, arguments.prompt)
     records = _choose(all_records, arguments.samples, arguments.seed)
-    with _processes(arguments) as processes:
-        report = _Report(processes, len(records))
+    with join_processes(arguments) as processes:
+        report = Report(processes, "calibrating")
         report.say(f"loading {arguments.model}")
         model, processor = load()
         cache_layers(model.config)
@@ -72,11 +64,13 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
         jobs = _jobs(records, arguments.batch_size, processes, model, processor)
         try:
             with report.bar(sum(len(job.indices) for job in jobs)) as progress:
-                failures = measure(model, jobs, settings, state, progress=progress, on_error=report.failed(records))
+                failures = measure(
+                    model, jobs, settings, state, progress=progress, on_error=_say_failed(report, records)
+                )
         except KeyboardInterrupt:
             print(f"prefixkv calibrate: {len(state)} samples are kept; go on with --resume", file=sys.stderr)
             raise
-        failures = processes.gather(state, failures)
+        failures = _gather(processes, state, failures)
         if processes.rank == 0:
             refuse_if_nothing_left(state.measurements(), failures)
             metadata = {**describe_model(model), "source": _source(arguments, len(all_records))}
@@ -113,7 +107,7 @@ def _source(arguments: argparse.Namespace, n_records: int) -> str:
 # Records to what the model takes.
 
 
-def _jobs(records: Sequence[Record], batch_size: int, processes: _Processes, model: Any, processor: Any) -> list[Job]:
+def _jobs(records: Sequence[Record], batch_size: int, processes: Processes, model: Any, processor: Any) -> list[Job]:
     """Batches of records in order, this process's share of them. Pictures are opened when their turn comes."""
 
     def load(indices: tuple[int, ...]) -> Mapping[str, Any]:
@@ -124,11 +118,27 @@ def _jobs(records: Sequence[Record], batch_size: int, processes: _Processes, mod
     return [Job(tuple(range(start, min(start + batch_size, len(records)))), load) for start in starts]
 
 
+def _say_failed(report: Report, records: Sequence[Record]) -> Callable[[int, Exception], None]:
+    """What to call with each failed sample, in the process that has it."""
+    return lambda index, error: report.write(f"skipped record {records[index].id!r}: {describe_error(error)}")
+
+
+def _gather(processes: Processes, state: CalibrationState, failures: dict[int, Exception]) -> dict[int, Exception]:
+    """Bring what all have measured together in the state; returns the failures of all."""
+    if processes.count == 1:
+        return failures
+    messages = {index: describe_error(error) for index, error in failures.items()}
+    of_all = processes.gather((state.samples, messages))
+    for samples, _ in of_all:
+        state.merge(samples)
+    return {index: ValueError(message) for _, messages in of_all for index, message in messages.items()}
+
+
 # What an interrupted run leaves behind: a file for each process, read by all.
 
 
 def _open_state(
-    model: Any, settings: Settings, records: Sequence[Record], out: Path, processes: _Processes, resume: bool
+    model: Any, settings: Settings, records: Sequence[Record], out: Path, processes: Processes, resume: bool
 ) -> CalibrationState:
     asked = [(record.id, record.prompt, [path.name for path in record.images]) for record in records]
     data = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
@@ -151,111 +161,3 @@ def _remove(paths: Sequence[Path]) -> None:
 def _state_files(out: Path) -> list[Path]:
     ours = re.compile(re.escape(out.name) + r"\.state(-\d+)?\.json")
     return [path for path in sorted(out.parent.iterdir()) if ours.fullmatch(path.name)]
-
-
-# Several processes.
-
-
-@dataclass
-class _Processes:
-    """Who we are among the processes of `accelerate launch` or `torchrun`; alone without them."""
-
-    rank: int = 0
-    count: int = 1
-
-    def wait(self) -> None:
-        """For all others to come here, too."""
-        if self.count > 1:
-            distributed.barrier()
-
-    def gather(self, state: CalibrationState, failures: dict[int, Exception]) -> dict[int, Exception]:
-        """Bring what all have measured together in the state; returns the failures of all."""
-        if self.count == 1:
-            return failures
-        messages = {index: describe_error(error) for index, error in failures.items()}
-        of_all: list[Any] = [None] * self.count
-        distributed.all_gather_object(of_all, (state.samples, messages))
-        for samples, _ in of_all:
-            state.merge(samples)
-        return {index: ValueError(message) for _, messages in of_all for index, message in messages.items()}
-
-
-@contextmanager
-def _processes(arguments: argparse.Namespace) -> Iterator[_Processes]:
-    """Join the others, by the environment that the launcher has set."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield _Processes()
-        return
-    if arguments.device_map is not None:
-        raise ValueError(
-            f"--device-map spreads one model over all devices, and there are {count} processes, each with its own "
-            "model; take one of the two"
-        )
-    if arguments.device is None and torch.cuda.is_available():
-        arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    # Only lengths are exchanged, so gloo will do on GPUs, too; one process may be much slower than the others.
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield _Processes(distributed.get_rank(), count)
-    finally:
-        distributed.destroy_process_group()
-
-
-# What the person at the terminal sees.
-
-
-@dataclass
-class _Report:
-    """Lines and a progress bar on standard error, from the first process; failures from the one that has them."""
-
-    processes: _Processes
-    n_records: int
-    _write: Callable[[str], Any] = field(default=lambda line: print(line, file=sys.stderr))
-
-    def say(self, line: str) -> None:
-        """A line of the first process."""
-        if self.processes.rank == 0:
-            self._write(line)
-
-    def failed(self, records: Sequence[Record]) -> Callable[[int, Exception], None]:
-        """What to call with each failed sample."""
-        return lambda index, error: self._write(f"skipped record {records[index].id!r}: {describe_error(error)}")
-
-    @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar by tqdm, or a line every few seconds where that is not installed."""
-        if self.processes.rank != 0:
-            yield lambda done: None
-            return
-        of_all = "" if self.processes.count == 1 else f" (1 of {self.processes.count} processes)"
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            yield _lines(self._write, total, of_all)
-            return
-        with tqdm(total=total, unit="sample", desc=f"calibrating{of_all}", file=sys.stderr) as bar:
-            before, self._write = self._write, lambda line: bar.write(line, file=sys.stderr)
-            try:
-                yield lambda done: _update(bar, done)
-            finally:
-                self._write = before
-
-
-def _update(bar: Any, done: int) -> None:
-    bar.update(done - bar.n)
-
-
-def _lines(write: Callable[[str], Any], total: int, of_all: str) -> Callable[[int], None]:
-    started = time.monotonic()
-    last = [started]
-
-    def progress(done: int) -> None:
-        now = time.monotonic()
-        if done < total and now - last[0] < _SECONDS_BETWEEN_LINES:
-            return
-        last[0] = now
-        rate = done / max(now - started, 1e-9)
-        write(f"{done} of {total} samples{of_all}, {rate:.2f} samples/s, {(total - done) / rate:.0f} s left")
-
-    return progress

@@ -4,6 +4,7 @@
   than eager are looked up by `AttentionInterface.__getitem__`, and eager attention cannot be seen.
 - Mask sizes. From 5.4 on they are asked for by the number of queries, before by the tensor of their positions.
 - `get_max_length` was called `get_max_cache_shape`, and `crop` took a length that remains.
+- Steps of generation. From 5.0 on the model is told by name which forward is the first, before by `cache_position`.
 - Layers. Older releases describe every layer that is not sliding as one of full attention, also where it is none, and
   their whole layers keep a zeroed prompt after `reset`.
 """
@@ -68,6 +69,24 @@ def explain_crop() -> str:
     if not _CROP_TAKES_LENGTH:
         return ""
     return ". Assisted decoding crops to a length in this transformers: generate without it, or with DynamicCache"
+
+
+def generation_inputs(model: Any, input_ids: torch.Tensor, kwargs: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """What `generate` passes to the model: the whole prompt in the first forward, the newest token in the others.
+
+    Args:
+        model: one that can generate.
+        input_ids: int64 [rows, seen and new tokens].
+        kwargs: as `generate` keeps them from step to step; changed in place.
+        first: whether this is the prompt's forward.
+    """
+    if hasattr(model, "_get_initial_cache_position"):
+        if first:
+            kwargs.update(model._get_initial_cache_position(input_ids.shape[1], input_ids.device, kwargs))
+        return model.prepare_inputs_for_generation(input_ids, **kwargs)
+    return model.prepare_inputs_for_generation(
+        input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **kwargs
+    )
 
 
 def empty_after_reset(layer: Any) -> None:

@@ -37,7 +37,7 @@ class Answer:
     seconds: float
 
 
-def answer(model: Any, processor: Any, inputs: Any, cache: Cache, max_new_tokens: int) -> Answer:
+def answer(model: Any, processor: Any, inputs: Any, cache: Cache, max_new_tokens: int, **options: Any) -> Answer:
     """Generate greedily from prepared inputs of one row with this cache.
 
     Args:
@@ -46,10 +46,13 @@ def answer(model: Any, processor: Any, inputs: Any, cache: Cache, max_new_tokens
         inputs: as `loading.prepare` returns them.
         cache: an empty cache, filled by the call.
         max_new_tokens: at most so many.
+        options: further arguments of `model.generate`.
     """
     started = time.perf_counter()
     with torch.no_grad():
-        output = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens)
+        output = model.generate(
+            **inputs, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens, **options
+        )
     if output.is_cuda:
         torch.cuda.synchronize(output.device)
     seconds = time.perf_counter() - started

@@ -105,6 +105,49 @@ def chat_text(processor: Any, prompt: str, n_images: int = 1) -> str:
     return "".join(f"{getattr(processor, 'image_token', '<image>')}\n" for _ in range(n_images)) + prompt
 
 
+def answer_ids(processor: Any, prompt: str, answer: str, n_images: int = 1) -> list[int]:
+    """The tokens with which the model would say this answer to this prompt, without an end-of-text token.
+
+    Between prompt and answer stands what the chat template puts there; a space, where the template does not tell and
+    the prompt does not end in one.
+
+    Args:
+        processor: of the model.
+        prompt: what the user says.
+        answer: not empty.
+        n_images: pictures before the prompt.
+
+    Raises:
+        LoadError: the answer has no tokens.
+    """
+    asked, answer = chat_text(processor, prompt, n_images), answer.strip()
+    said = asked + _separator(processor, prompt, answer, n_images, asked) + answer
+    tokenizer = getattr(processor, "tokenizer", processor)
+    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, said))
+    if whole[: len(before)] == before:
+        ids = list(whole[len(before) :])
+    else:  # the first token of the answer would reach back into the prompt
+        ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise LoadError(f"the answer {answer!r} to {prompt!r} has no tokens")
+    return ids
+
+
+def _separator(processor: Any, prompt: str, answer: str, n_images: int, asked: str) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        try:
+            whole = processor.apply_chat_template([{"role": "user", "content": content}, reply])
+        except Exception:  # a template may refuse to write for the assistant
+            whole = ""
+        if whole.startswith(asked) and answer in whole:
+            between = whole[len(asked) : whole.index(answer, len(asked))]
+            if not between.strip():
+                return between
+    return "" if asked[-1:].isspace() else " "
+
+
 def prepare(processor: Any, requests: Sequence[tuple[str, Sequence[Image.Image]]], device: Any = None) -> Any:
     """What `model(**inputs)` and `model.generate(**inputs)` take, one row a request, padded on the left.
 
