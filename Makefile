@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-versions lint demo models clean
+.PHONY: install test test-versions study-smoke bench lint demo models docs clean
 
 install: $(STAMP)
 
@@ -21,6 +21,21 @@ test: lint
 test-versions:
 	$(PYTHON) tests/versions.py
 
+# Every method through the whole evaluation, in small, in half a minute; tests/test_evaluate.py runs the same line.
+STUDY_SMOKE := --model models/scene-llava --data scenes --samples 2 --budgets 0.1,0.5 --kinds object,colour,size --methods prefixkv,online,elastic,h2o,streaming,snapkv,pyramid,uniform,random
+
+study-smoke: install
+	rm -rf out/study-smoke
+	$(BIN)/prefixkv evaluate $(STUDY_SMOKE) --out out/study-smoke
+
+# What the CPU can measure of docs/performance.md, in about ten minutes on two quiet cores, and its pictures.
+bench: install
+	$(BIN)/python benchmarks/decode.py --threads 2
+	$(BIN)/python benchmarks/prefill.py --threads 2 --geometry quarter --layers 2 --dtype float32 --lengths 1024,8192
+	$(BIN)/python benchmarks/memory.py --threads 2
+	$(BIN)/python benchmarks/peers.py --threads 2
+	$(BIN)/python benchmarks/plots.py
+
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -32,6 +47,10 @@ demo: install
 # docs/models.md, measured again; a test holds it against the models.
 models: install
 	$(BIN)/python tests/make_model_table.py --write docs/models.md
+
+# The documentation as a site, in out/site; every warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 2 for bad input, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    arguments.command_line = shlex.join(["prefixkv", *(sys.argv[1:] if argv is None else argv)])
     # Progress bars of loading a model are noise beside the command's own report.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -144,6 +146,28 @@ def _generate(arguments: argparse.Namespace) -> None:
     run_generate(arguments, lambda: _load(arguments))
 
 
+# prefixkv report
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="page to write (%(default)s)")
+    parser.add_argument(
+        "--budgets", type=_budgets, metavar="B,...", help="fractions of the KV pairs kept (0.7,0.5,0.3,0.2,0.1)"
+    )
+    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
+    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (%(default)s)")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .report.command import run_report
+
+    run_report(arguments, lambda: _load(arguments))
+
+
 # prefixkv calibrate
 
 
@@ -184,6 +208,54 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     run_calibrate(arguments, lambda: _load(arguments))
 
 
+# prefixkv evaluate
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "--data", required=True, metavar="D", help="scenes or boards (drawn), or a file as for `prefixkv calibrate`"
+    )
+    parser.add_argument("--images", metavar="DIR", help="where the file's images lie")
+    parser.add_argument("--prompt", metavar="TEXT", help="said to every image, instead of what the file says")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for tables, drawings and the state")
+    parser.add_argument(
+        "--methods", metavar="M,...", default="prefixkv,online,elastic,h2o,streaming,snapkv,pyramid,uniform",
+        help="also full, random; with options: 'online:queries=all;distance=none' (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budgets", type=_budgets, metavar="B,...", default=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+        help="fractions kept (0.05,0.1,0.2,0.3,0.5,0.7,0.9)",
+    )  # fmt: skip
+    parser.add_argument("--metrics", default="ppl,rouge,accuracy,kl", metavar="M,...", help="any of %(default)s")
+    parser.add_argument("--reference", metavar="M", help="method for paired differences; default: the first one")
+    parser.add_argument("--profile", metavar="P", help="file or bundled name, for prefixkv; default: the model's own")
+    parser.add_argument("--as-published", action="store_true", help="with the positions and rules of the papers' code")
+    parser.add_argument("--samples", type=_samples, metavar="N", help="pictures (100), or records of a file (all)")
+    parser.add_argument("--seed", type=int, default=0, help="which records; sampling, resampling (%(default)s)")
+    parser.add_argument("--split", choices=["validation", "test"], help="of drawn pictures (validation)")
+    parser.add_argument("--task", choices=["descriptions", "questions"], help="of drawn pictures; default: both")
+    parser.add_argument("--kinds", metavar="K,...", help="kinds of questions, such as object,colour,size; default: all")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="of a generated text (%(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=25, metavar="N", help="samples in a batch (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped, or add to it")
+
+
+def _samples(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+_samples.__name__ = "count ('all' or an integer)"
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from .evaluate.command import run_evaluate
+
+    run_evaluate(arguments, lambda: _load(arguments))
+
+
 # prefixkv inspect, prefixkv plot
 
 
@@ -217,10 +289,38 @@ def _plot(arguments: argparse.Namespace) -> None:
     plot_profiles(profiles, arguments.out, arguments.budgets)
 
 
+# prefixkv bench
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--tokens", type=int, metavar="N", help="random text of N tokens instead of picture and prompt")
+    parser.add_argument(
+        "--budgets", type=_budgets, default=(0.5, 0.2), metavar="B,...", help="fractions kept (0.5,0.2)"
+    )
+    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
+    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="equal rows (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="decode steps (%(default)s)")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="the medians of N turns count (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print all figures as a last line of JSON, too")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from .bench import run_bench
+
+    run_bench(arguments, lambda: _load(arguments))
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]] = {
     "demo": (_demo_arguments, _demo, "answer questions about a drawn scene with the full cache and with pruned ones"),
     "generate": (_generate_arguments, _generate, "generate from a picture and a prompt with a pruned cache"),
+    "report": (_report_arguments, _report, "one page that shows what each layer kept of a picture and a prompt"),
     "calibrate": (_calibrate_arguments, _calibrate, "make a profile of a model from some pictures and prompts"),
+    "evaluate": (_evaluate_arguments, _evaluate, "measure what pruning costs, method by method and budget by budget"),
+    "bench": (_bench_arguments, _bench, "measure time and KV memory of full and pruned caches on a model"),
     "inspect": (_inspect_arguments, _inspect, "print what is in a profile: layers by budget, metadata, checks"),
     "plot": (_plot_arguments, _plot, "draw the keep ratio by layer for each budget, of one profile or several"),
 }

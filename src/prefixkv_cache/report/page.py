@@ -1,0 +1,150 @@
+"""From a `Report` to one HTML file that needs nothing else: no network, no library, no second file.
+
+The template (page.html, page.css, page.js) is part of the package. All that comes from a user or a model goes in as
+JSON that cannot end its script element, and the script puts it on the page as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import uuid
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .collect import Picture, Report
+
+LONGEST_EDGE = 1280
+"""Pixels; a larger picture is shown smaller. The maps are drawn in the browser, at this size or below."""
+N_POINTS = 96
+"""Points of an importance curve; they lie closer where few keys are kept."""
+
+
+def render_page(report: Report) -> str:
+    """The whole page as text."""
+    template = files("prefixkv_cache.report")
+    text = {name: template.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    parts = {
+        "title": html.escape(f"{report.model}: {report.prompt}"[:120]),
+        "css": text["css"].strip(),
+        "js": text["js"].strip(),
+        "data": _json(_page_data(report)),
+    }
+    # In one pass: what is filled in may itself hold a {{name}}.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text["html"])
+
+
+def write_page(report: Report, out: str | os.PathLike[str]) -> None:
+    """Write the page in one step: a reader sees the whole of it, or what was there before."""
+    path = Path(out)
+    temporary = path.with_name(f".prefixkv-{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(render_page(report), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json(data: Any) -> str:
+    """JSON for a script element: no `<` of its text can open or close anything."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _page_data(report: Report) -> dict[str, Any]:
+    hidden = set(report.image_columns)
+    return {
+        "prompt": report.prompt,
+        "facts": _facts(report),
+        "footer": f"Made by prefixkv report, prefixkv-cache {version('prefixkv-cache')}. "
+        "Maps and shares are of the moment after the prompt, before the first new token.",
+        "tokens": ["" if i in hidden else text for i, text in enumerate(report.tokens)],
+        "imageColumns": report.image_columns,
+        "pictures": [_picture(picture) for picture in report.pictures],
+        "layers": report.layers,
+        "curves": _curves(report.importance),
+        "full": {"text": report.full.text, "nTokens": report.full.n_tokens, "nbytes": report.full_bytes},
+        "budgets": [
+            {
+                "budget": each.budget,
+                "threshold": each.threshold,
+                "kept": _bits(each.kept, len(report.tokens)),
+                "mass": [round(mass, 6) for mass in each.mass],
+                "nbytes": each.nbytes,
+                "text": each.answer.text,
+                "nTokens": each.answer.n_tokens,
+                "agrees": each.agrees,
+            }
+            for each in sorted(report.pruned, key=lambda each: each.budget)
+        ],
+    }
+
+
+def _facts(report: Report) -> str:
+    last = "" if isinstance(report.queries, str) else "the last "
+    queries = f"{last}{report.queries} prompt tokens"
+    layers = f"{len(report.layers)} layers"
+    if report.n_whole:
+        layers += f" pruned, {report.n_whole} left whole"
+    source = f"lengths from the profile {report.source}" if report.source else "lengths searched on this prompt"
+    image = f"{len(report.tokens)} prompt tokens, {len(report.image_columns)} of them image"
+    return " \u00b7 ".join((report.model, image, layers, source, f"importance by {queries}"))
+
+
+def _picture(picture: Picture) -> dict[str, Any]:
+    tokens = picture.tokens
+    return {
+        "name": picture.name,
+        "source": _data_uri(picture.image),
+        "columns": list(tokens.columns) if tokens else [],
+        "views": [
+            {"name": view.name, "rows": view.rows, "columns": view.columns, "tokens": list(view.tokens)}
+            for view in (tokens.views if tokens else [])
+        ],
+    }
+
+
+def _data_uri(image: Image.Image) -> str:
+    """PNG for drawings, JPEG for photographs: whichever is smaller."""
+    image = image.convert("RGB")
+    image.thumbnail((LONGEST_EDGE, LONGEST_EDGE))
+    encoded: list[tuple[int, str, bytes]] = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        encoded.append((buffer.tell(), kind, buffer.getvalue()))
+    _, kind, content = min(encoded)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _bits(kept: list[list[int]], n_tokens: int) -> str:
+    """A bit for each layer and token, one layer after the other, the first token in the highest bit; base64."""
+    marks = np.zeros((len(kept), n_tokens), dtype=bool)
+    for layer, columns in enumerate(kept):
+        marks[layer, columns] = True
+    return base64.b64encode(np.packbits(marks).tobytes()).decode()
+
+
+def _curves(importance: torch.Tensor) -> dict[str, Any]:
+    """For each layer, the mass of the most important keys, at shares of the keys that lie closer near 0.
+
+    The masses are 16-bit integers, low byte first, 65535 for all the mass, one layer after the other, in base64.
+    """
+    n_keys = importance.shape[1]
+    mass = torch.nn.functional.pad(importance.double().sort(1, descending=True).values.cumsum(1), (1, 0))
+    counts = sorted({round(n_keys * (point / (N_POINTS - 1)) ** 2) for point in range(N_POINTS)})
+    levels = (mass[:, counts].clamp(0, 1) * 65535).round().to(torch.int64).numpy().astype("<u2")
+    return {
+        "x": [round(count / n_keys, 6) for count in counts],
+        "mass": base64.b64encode(levels.tobytes()).decode(),
+    }
