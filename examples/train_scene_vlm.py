@@ -1,17 +1,17 @@
-"""Train a small LLaVA that reads drawn scenes, from random weights, on a CPU (or a GPU if there is one).
+"""Train a small vision-language model that reads drawn pictures, from random weights, on a CPU or a GPU.
 
     python examples/train_scene_vlm.py --out models/scene-llava
+    python examples/train_scene_vlm.py --family qwen2-vl --task boards --out models/board-qwen2-vl
 
-What comes out is an ordinary transformers checkpoint: a CLIP vision tower, a projector and a Llama decoder inside
-`LlavaForConditionalGeneration`, with a `LlavaProcessor` around a word-level tokenizer and CLIP's image processor.
-Pictures and texts come from `prefixkv_cache.demo.scenes`; nothing is downloaded, and nothing of the pruning library
-takes part: the model knows only plain attention.
+What comes out is an ordinary transformers checkpoint with its processor. `scene_vlm/families.py` says what the models
+are made of, `scene_vlm/tasks.py` what they learn. Nothing is downloaded, and nothing of the pruning library takes part:
+the models know only plain attention.
 
 Two stages, because a decoder that starts beside blind eyes first learns the language by heart and then sits on a
-plateau. Stage one trains the vision tower and the projector alone: each image token must say what object it lies on.
-Stage two trains everything on the answers; the image tokens keep their own small loss for a while. From about the
-middle of the run on, wide attention over the picture has a small price (see `Focus`), because a scene this small can
-be read by averaging, which no large model does and which would leave a study of pruning nothing to find.
+plateau. Stage one trains the vision tower and the projector alone: each image token must say what it lies on. Stage two
+trains everything on the answers; the image tokens keep their own small loss for a while. From about the middle of the
+run on, wide attention over the picture has a small price (see `Focus`), because a picture this small can be read by
+averaging, which no large model does and which would leave a study of pruning nothing to find.
 """
 
 from __future__ import annotations
@@ -31,138 +31,19 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from prefixkv_cache.demo import scenes
-from prefixkv_cache.demo.scenes import Scene
+from scene_vlm.families import FAMILIES, Family, Grid
+from scene_vlm.language import ASSISTANT, SPECIAL, USER, WORD
+from scene_vlm.tasks import TASKS, Level, Picture, Task
 
-PATCH = 8
-SIDE = scenes.IMAGE_SIZE // PATCH  # patches along one edge
-IMAGE_TOKENS = SIDE * SIDE
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-IMAGE, USER, ASSISTANT = "<image>", "<user>", "<assistant>"
-WORD = re.compile(r"<\w+>|\w+|[^\w\s]")
 IGNORE = -100
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<' + message['role'] + '>' }}"
-    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ ' ' + part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
-
-
-# --- what the model is made of ----------------------------------------------------------------------------------------
-
-
-def vocabulary() -> list[str]:
-    """Every token of the scene language; the words are gathered from a few hundred training scenes."""
-    texts = [*scenes.DESCRIBE_PROMPTS, " ".join(scenes.NUMBERS)]
-    for seed in scenes.TRAIN_SEEDS[:400]:
-        scene = scenes.draw_scene(seed, 1, 9)
-        texts.append(scenes.describe(scene))
-        texts += [f"{question.text} {question.answer}." for question in scenes.questions(scene)]
-    words = sorted({word for text in texts for word in WORD.findall(text)})
-    return [*SPECIAL.values(), IMAGE, USER, ASSISTANT, *words]
-
-
-def build_processor() -> LlavaProcessor:
-    """Word-level tokenizer and CLIP image processor; text in usual spelling and spacing comes in and goes out."""
-    tokens = vocabulary()
-    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=SPECIAL["unk_token"]))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w\s]"), "isolated")]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        padding_side="left",
-        clean_up_tokenization_spaces=True,
-        model_max_length=1024,
-        additional_special_tokens=[IMAGE, USER, ASSISTANT],
-        **SPECIAL,
-    )
-    size = scenes.IMAGE_SIZE
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the tower's CLS token, which "default" takes off again
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The architecture, with random weights: the one place to change for another family."""
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=scenes.IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=128,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        **{f"{name}_token_id": value for name, value in ids.items()},
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-1,  # the tower is ours, so its last layer is the useful one
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-        **{f"{name}_token_id": value for name, value in ids.items()},
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=112,
-        pad_token_id=ids["pad"],
-        bos_token_id=ids["bos"],
-        eos_token_id=ids["eos"],
-    )
-    return model
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -170,85 +51,118 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 @dataclass
 class Batch:
-    """What one step needs: rows padded on the right; `patches` are the truths of the image tokens, [batch, 144, 4]."""
+    """What one step needs: pictures with image tokens of one grid, and rows padded on the right.
 
+    `patches` are the truths of the image tokens, [batch, image tokens, questions]; `shares` is what part of its answer
+    each token is.
+    """
+
+    grid: Grid
     pixel_values: torch.Tensor
     patches: torch.Tensor
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    shares: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "grid"}
+        return Batch(self.grid, **moved)
 
 
 @dataclass
 class Row:
-    """One picture with its turns: tokens, positions, which turn each token belongs to (0: all see it), and labels."""
+    """One picture with its turns: tokens, positions by axis, turn of each token (0: all see it), labels and shares."""
 
     ids: list[int]
-    positions: list[int]
+    positions: list[list[int]]
     turns: list[int]
     labels: list[int]
+    shares: list[float]
 
 
 class BatchMaker:
     """Makes batch n of a run from the run's seed and n alone, so that a resumed run sees what an unbroken one saw."""
 
-    def __init__(self, tokens: dict[str, int], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.tokens, self.batch_size, self.seed, self.rank, self.world = tokens, batch_size, seed, rank, world
+    def __init__(
+        self, family: Family, tokens: dict[str, int], batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.family, self.task, self.tokens = family, family.task, tokens
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.start = len(self.encode(family.opening()))  # the first image token's place in a row
 
     def encode(self, text: str) -> list[int]:
-        """The tokenizer's own result for scene language, without its overhead."""
+        """The tokenizer's own result for the task's language, without its overhead."""
         return [self.tokens[word] for word in WORD.findall(text)]
 
-    def drawn(self, number: int, fewest: int, most: int) -> list[Scene]:
-        """This process's scenes of a batch: each seed of the training range is used once in a run."""
-        first = (self.seed * 50_000_000 + number * self.batch_size) % len(scenes.TRAIN_SEEDS)
+    def drawn(self, number: int, level: Level) -> list[Picture]:
+        """This process's pictures of a batch: each seed of the training range is used once in a run."""
+        seeds = self.task.module.TRAIN_SEEDS
+        first = (self.seed * 50_000_000 + number * self.batch_size) % len(seeds)
         return [
-            scenes.draw_scene(scenes.TRAIN_SEEDS[(first + i) % len(scenes.TRAIN_SEEDS)], fewest, most)
+            self.task.draw(seeds[(first + i) % len(seeds)], level)
             for i in range(self.rank, self.batch_size, self.world)
         ]
 
-    def row(self, scene: Scene, max_questions: int) -> Row:
+    def row(self, picture: Picture, max_questions: int) -> Row:
         """A picture, a description and some questions.
 
         Three times in four the turns do not see each other and each starts right behind the picture: as many
         one-turn prompts for the price of one picture. Else they are one conversation.
         """
-        rng = random.Random(f"{self.seed}/{scene.seed}")
+        rng = random.Random(f"{self.seed}/{picture.seed}")
         together = rng.random() < 0.25
-        turns = [(question.text, f"{question.answer}.") for question in scenes.questions(scene)][:max_questions]
-        turns.insert(rng.randrange(len(turns) + 1), (rng.choice(scenes.DESCRIBE_PROMPTS), scenes.describe(scene)))
-        ids = self.encode(f"<bos>{USER}") + [self.tokens[IMAGE]] * IMAGE_TOKENS
-        row = Row(ids, list(range(len(ids))), [0] * len(ids), [IGNORE] * len(ids))
-        start = len(ids)
+        module = self.task.module
+        turns = [(question.text, f"{question.answer}.") for question in module.questions(picture)][:max_questions]
+        turns.insert(rng.randrange(len(turns) + 1), (rng.choice(module.DESCRIBE_PROMPTS), module.describe(picture)))
+        return self.packed(picture, turns, together)
+
+    def packed(self, picture: Picture, turns: list[tuple[str, str]], together: bool) -> Row:
+        """A picture with turns of a prompt and an answer each, as one conversation (`together`) or side by side."""
+        row, start = self.opening(picture)
+        begin = start
         for number, (prompt, answer) in enumerate(turns, 1):
             asked = self.encode((USER if together and number > 1 else "") + prompt + ASSISTANT)
             answered = self.encode(answer + "<eos>")
-            begin = len(row.ids) if together else start
+            begin = begin if together else start
             row.ids += asked + answered
-            row.positions += range(begin, begin + len(asked) + len(answered))
+            for axis in row.positions:
+                axis += range(begin, begin + len(asked) + len(answered))
+            begin += len(asked) + len(answered)
             row.turns += [0 if together else number] * (len(asked) + len(answered))
             row.labels += [IGNORE] * len(asked) + answered
+            row.shares += [0.0] * len(asked) + [1 / len(answered)] * len(answered)
         return row
 
-    def make(self, number: int, fewest: int, most: int, max_questions: int) -> Batch:
-        drawn = self.drawn(number, fewest, most)
-        rows = [self.row(scene, max_questions) for scene in drawn]
+    def opening(self, picture: Picture) -> tuple[Row, int]:
+        """All that stands before the first prompt, and the position that comes next."""
+        grid = self.task.token_grid(picture)
+        image, begin = self.family.positions(self.start, grid)
+        after = self.encode(self.family.after)
+        ids = self.encode(self.family.opening()) + [self.tokens[self.family.image]] * (grid[0] * grid[1]) + after
+        ends = list(range(begin, begin + len(after)))
+        positions = [[*range(self.start), *axis, *ends] for axis in image]
+        return Row(ids, positions, [0] * len(ids), [IGNORE] * len(ids), [0.0] * len(ids)), begin + len(after)
+
+    def make(self, number: int, level: Level, max_questions: int) -> Batch:
+        drawn = self.drawn(number, level)
+        rows = [self.row(picture, max_questions) for picture in drawn]
         turns = padded([row.turns for row in rows], -1)
+        axes = [padded([row.positions[axis] for row in rows], 0) for axis in range(self.family.axes)]
         return Batch(
-            pixel_values=torch.stack([pixels(scene) for scene in drawn]),
-            patches=torch.stack([patch_truths(scene) for scene in drawn]),
+            grid=self.task.token_grid(drawn[0]),
+            pixel_values=self.family.pixels(drawn),
+            patches=torch.stack([self.task.patch_truths(picture) for picture in drawn]),
             input_ids=padded([row.ids for row in rows], self.tokens[SPECIAL["pad_token"]]),
-            position_ids=padded([row.positions for row in rows], 0),
+            position_ids=torch.stack(axes) if len(axes) > 1 else axes[0],
             attention_mask=turn_mask(turns),
             labels=padded([row.labels for row in rows], IGNORE),
+            shares=padded([row.shares for row in rows], 0.0),
         )
 
 
-def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+def padded(rows: list[list[Any]], fill: float) -> torch.Tensor:
     """Right-padded to a multiple of 16, which keeps the number of different shapes small."""
     width = math.ceil(max(map(len, rows)) / 16) * 16
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
@@ -260,47 +174,19 @@ def turn_mask(turns: torch.Tensor) -> torch.Tensor:
     return same.tril()[:, None]
 
 
-def pixels(scene: Scene) -> torch.Tensor:
-    """What the image processor gives for a picture of this size (the run checks that), at a fraction of the time."""
-    raw = torch.frombuffer(bytearray(scene.image.tobytes()), dtype=torch.uint8)
-    return (raw.view(scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
-
-
-PATCH_CLASSES = (len(scenes.RADII) + 1, len(scenes.COLOURS) + 1, len(scenes.SHAPES) + 1, scenes.GRID**2)
-
-
-def patch_truths(scene: Scene) -> torch.Tensor:
-    """[144, 4]: size, colour and shape (0: background) of the object at each patch's centre, and the patch's cell."""
-    truths = torch.zeros(SIDE, SIDE, 4, dtype=torch.long)
-    cell = torch.arange(SIDE) // (SIDE // scenes.GRID)
-    truths[..., 3] = cell[:, None] * scenes.GRID + cell
-    names = (list(scenes.RADII), list(scenes.COLOURS), list(scenes.SHAPES))
-    for thing in scene.objects:
-        left, top, right, bottom = (patch_edge(value) for value in thing.box)
-        words = (thing.size, thing.colour, thing.shape)
-        codes = [options.index(word) + 1 for options, word in zip(names, words, strict=True)]
-        truths[top:bottom, left:right, :3] = torch.tensor(codes)
-    return truths.view(IMAGE_TOKENS, 4)
-
-
-def patch_edge(pixel: int) -> int:
-    """The first patch whose centre lies at or behind this pixel."""
-    return math.ceil((pixel - PATCH / 2) / PATCH)
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 class PatchReader(nn.Module):
-    """Reads an object's words off an image token as the decoder gets it; used in training only and thrown away."""
+    """Reads off an image token, as the decoder gets it, what it lies on; used in training only and thrown away."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, patch_classes: tuple[int, ...]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
-        self.heads = nn.ModuleList(nn.Linear(hidden_size, classes) for classes in PATCH_CLASSES)
+        self.heads = nn.ModuleList(nn.Linear(hidden_size, classes) for classes in patch_classes)
 
     def forward(self, features: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
-        """Mean loss: patches on an object weigh four times as much as the background, which is most of the picture."""
+        """Mean loss: tokens on an object weigh four times as much as the background, most of a picture of objects."""
         features = self.norm(features)
         weight = 1.0 + 3.0 * (truths[..., 0] > 0).float()
         losses = [
@@ -313,7 +199,7 @@ class PatchReader(nn.Module):
 class Focus:
     """How widely the decoder's heads look over the picture, as a loss: mean entropy (nats) over the image keys.
 
-    These scenes are small enough to be read by averaging all image tokens in every head, and left alone the decoder
+    These pictures are small enough to be read by averaging all image tokens in every head, and left alone the decoder
     does just that: its attention stays uniform. Large models do not have that way out, so a small price is put on it.
     The attention is computed again for a sample of the queries, from what went into each attention layer.
     """
@@ -327,25 +213,26 @@ class Focus:
     def note(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls.append((attention, kwargs["hidden_states"], *kwargs["position_embeddings"]))
 
-    def loss(self, real: torch.Tensor) -> torch.Tensor:
+    def loss(self, real: torch.Tensor, image_tokens: int) -> torch.Tensor:
         """Over the layers of the last forward; `real` is [batch, tokens], False at padding. Forgets that forward."""
-        end = self.start + IMAGE_TOKENS
+        end = self.start + image_tokens
         picked = torch.cat(
             [
-                torch.randint(self.start + IMAGE_TOKENS // 2, end, (self.images,)),
+                torch.randint(self.start + image_tokens // 2, end, (self.images,)),
                 torch.randint(end, real.shape[1], (self.texts,)),
             ]
         ).to(real.device)
         weight = real[:, picked].float()[:, None].expand(-1, self.calls[0][0].config.num_attention_heads, -1)
-        entropies = torch.stack([self.entropy(*call, picked) for call in self.calls])
+        entropies = torch.stack([self.entropy(*call, picked, end) for call in self.calls])
         self.calls.clear()
         return (F.relu(entropies - 1.0) * weight).sum() / weight.sum() / len(entropies)
 
-    def entropy(self, attention, hidden, cos, sin, picked: torch.Tensor) -> torch.Tensor:
+    def entropy(self, attention, hidden, cos, sin, picked: torch.Tensor, end: int) -> torch.Tensor:
         """[batch, heads, picked] of one layer."""
-        keys = torch.arange(self.start, self.start + IMAGE_TOKENS, device=hidden.device)
+        keys = torch.arange(self.start, end, device=hidden.device)
         query = turned(attention.q_proj, hidden, cos, sin, picked, attention.head_dim)
         key = turned(attention.k_proj, hidden, cos, sin, keys, attention.head_dim)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # each group's heads share one
         logits = (query @ key.transpose(-1, -2)).float() * attention.scaling
         logits = logits.masked_fill(keys[None, :] > picked[:, None], -1e9)
         log = logits.log_softmax(-1)
@@ -366,6 +253,8 @@ class Plan:
     peak_rate: float = 1.5e-3
     warmup: float = 0.01
     focus: float = 0.02
+    late_focus: float = 0.0
+    even: float = 1.0  # from this share on, answers count alike, however short; before it, their tokens do
 
     def rate(self, done: float) -> float:
         """Learning rate: a warm-up at the start of each stage, then a cosine down to 1 % of the peak."""
@@ -373,13 +262,12 @@ class Plan:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done - self.eyes) / (1 - self.eyes))))
         return self.peak_rate * min(1.0, since / self.warmup + 0.01) * (0.01 + 0.99 * cosine)
 
-    def objects(self, done: float) -> tuple[int, int]:
-        """Fewest and most objects in a scene: few words to tell apart at first, the real task soon."""
-        return (1, 4) if self.eyes < done < self.eyes + 0.08 else (2, 7) if done < 0.5 else (4, 7)
-
     def focus_weight(self, done: float) -> float:
-        """Price of a wide look: none until the model reads, then rising to its full value."""
-        return self.focus * min(1.0, max(0.0, done - 0.46) / 0.06)
+        """Price of a wide look: none until the model reads, then rising to its full value; `late_focus` comes later."""
+        return sum(
+            price * min(1.0, max(0.0, done - start) / 0.06)
+            for price, start in ((self.focus, 0.46), (self.late_focus, 0.62))
+        )
 
     def patch_weight(self, done: float) -> float:
         """Weight of the image tokens' own loss: all of it in stage one, gone at two thirds of the run."""
@@ -392,20 +280,27 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, rank: int = 0) -> None:
         torch.manual_seed(args.seed)
         self.rank, self.world = rank, args.processes
-        self.args, self.plan = args, Plan(peak_rate=args.rate)
+        self.args = args
         self.device = torch.device(args.device)
-        self.processor = build_processor()
-        self.model = build_model(self.processor.tokenizer).to(self.device)
-        self.reader = PatchReader(self.model.config.text_config.hidden_size).to(self.device)
-        self.maker = BatchMaker(self.processor.tokenizer.get_vocab(), args.batch_size, args.seed, rank, self.world)
-        self.focus = Focus(self.model.model.language_model, start=len(self.maker.encode(f"<bos>{USER}")))
+        self.family = FAMILIES[args.family](TASKS[args.task]())
+        self.task = self.family.task
+        shares = {"eyes": self.task.eyes, "even": self.task.even, "late_focus": self.task.late_focus}
+        self.plan = Plan(peak_rate=args.rate, **shares)
+        self.processor = self.family.build_processor()
+        self.model = self.family.build_model(self.processor.tokenizer).to(self.device)
+        self.family.prepare(self.model)
+        hidden_size = self.model.config.text_config.hidden_size
+        self.reader = PatchReader(hidden_size, self.task.patch_classes).to(self.device)
+        tokens = self.processor.tokenizer.get_vocab()
+        self.maker = BatchMaker(self.family, tokens, args.batch_size, args.seed, rank, self.world)
+        self.focus = Focus(self.model.model.language_model, start=self.maker.start)
         self.optimizers = self.build_optimizers()
         self.step, self.seconds = 0, 0.0
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the layers' matrices, AdamW for all else; Muon's steps are scaled to the size of AdamW's."""
         named = [*self.model.named_parameters(), *self.reader.named_parameters()]
-        inner = {name for name, weight in named if "layers." in name and weight.ndim == 2}
+        inner = {name for name, weight in named if re.search(r"(layers|blocks)\.", name) and weight.ndim == 2}
         muon = torch.optim.Muon(
             [weight for name, weight in named if name in inner], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
         )
@@ -469,9 +364,10 @@ class Trainer:
     def train_step(self, done: float) -> dict[str, float]:
         """One batch: loss of the answers (stage two), loss of the image tokens, clip, step."""
         blind = done >= self.plan.eyes
-        batch = self.maker.make(self.step, *self.plan.objects(done), max_questions=8 if blind else 0).to(self.device)
+        level = self.task.level(done, self.plan.eyes, random.Random(f"{self.args.seed}/{self.step}"))
+        batch = self.maker.make(self.step, level, max_questions=8 if blind else 0).to(self.device)
         with self.autocast():
-            losses = self.losses(batch, answers=blind)
+            losses = self.losses(batch, answers=blind, even=done >= self.plan.even)
         total = losses["patch"] * self.plan.patch_weight(done) + losses.get("answer", 0.0)
         total = total + losses.get("focus", 0.0) * self.plan.focus_weight(done)
         for group in self.groups():
@@ -485,15 +381,15 @@ class Trainer:
             optimizer.step()
         return {name: loss.item() for name, loss in losses.items()}
 
-    def losses(self, batch: Batch, answers: bool) -> dict[str, torch.Tensor]:
+    def losses(self, batch: Batch, answers: bool, even: bool) -> dict[str, torch.Tensor]:
         """The image is encoded once: its tokens answer for themselves and go to the decoder."""
         inner = self.model.model
-        features = torch.stack(list(inner.get_image_features(batch.pixel_values).pooler_output))
+        features = self.family.features(self.model, batch.pixel_values, batch.grid)
         losses = {"patch": self.reader(features, batch.patches)}
         if answers:
             embeds = inner.get_input_embeddings()(batch.input_ids)
-            start = self.focus.start
-            embeds = torch.cat([embeds[:, :start], features, embeds[:, start + IMAGE_TOKENS :]], dim=1)
+            start, image_tokens = self.maker.start, features.shape[1]
+            embeds = torch.cat([embeds[:, :start], features, embeds[:, start + image_tokens :]], dim=1)
             hidden = inner.language_model(
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask,
@@ -502,8 +398,13 @@ class Trainer:
             ).last_hidden_state
             wanted = batch.labels[:, 1:] != IGNORE
             logits = self.model.lm_head(hidden[:, :-1][wanted])
-            losses["focus"] = self.focus.loss(batch.input_ids != self.model.config.text_config.pad_token_id)
+            real = batch.input_ids != self.processor.tokenizer.pad_token_id
+            losses["focus"] = self.focus.loss(real, image_tokens)
             losses["answer"] = F.cross_entropy(logits.float(), batch.labels[:, 1:][wanted])
+            if even:
+                each = F.cross_entropy(logits.float(), batch.labels[:, 1:][wanted], reduction="none")
+                share = batch.shares[:, 1:][wanted]
+                losses["answer"] = (each * share).sum() / share.sum()
         return losses
 
     def autocast(self):
@@ -513,7 +414,7 @@ class Trainer:
         """The model for use, and beside it (never in it) the state to go on from."""
         if self.rank:
             return
-        save_model(self.model, self.processor, Path(self.args.out))
+        save_model(self.family, self.model, self.processor, Path(self.args.out))
         state = {
             "model": self.model.state_dict(),
             "reader": self.reader.state_dict(),
@@ -541,11 +442,11 @@ def state_file(out: str) -> Path:
     return path.with_name(path.name + ".training-state.pt")
 
 
-def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+def save_model(family: Family, model: PreTrainedModel, processor: ProcessorMixin, out: Path) -> None:
     """Write float16 weights and all else into a folder of its own, then move file by file into place."""
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    half = build_model(processor.tokenizer)
+    half = family.build_model(processor.tokenizer)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(fresh)
     processor.save_pretrained(fresh)
@@ -555,40 +456,45 @@ def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
     fresh.rmdir()
 
 
-def check_shortcuts(processor: LlavaProcessor, maker: BatchMaker) -> None:
-    """The trainer's quick pixels and quick tokens must be the processor's, or training is for another model."""
-    scene = scenes.draw_scene(scenes.TRAIN_SEEDS[0])
-    question = scenes.questions(scene)[0]
-    turns = [(question.text, [{"type": "image"}]), (scenes.DESCRIBE_PROMPTS[0], [])]
+def check_shortcuts(trainer: Trainer) -> None:
+    """The trainer's quick inputs must be the processor's and the model's own, or training is for another model."""
+    task, family, maker, processor = trainer.task, trainer.family, trainer.maker, trainer.processor
+    picture = task.draw(task.module.TRAIN_SEEDS[0])
+    description = task.module.describe(picture)
+    prompts = (task.module.questions(picture)[0].text, task.module.DESCRIBE_PROMPTS[0])
+    turns = [(prompt, description) for prompt in prompts]
     messages = []
-    for prompt, picture in turns:
-        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": prompt}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": scenes.describe(scene)}]})
-    text = processor.apply_chat_template(messages)
-    inputs = processor(images=scene.image, text=text, return_tensors="pt")
-    quick = maker.encode(text.replace(IMAGE, IMAGE * IMAGE_TOKENS))
-    if inputs["input_ids"][0].tolist() != quick:
+    for number, (prompt, answer) in enumerate(turns):
+        image = [] if number else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": prompt}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    inputs = processor(images=picture.image, text=processor.apply_chat_template(messages), return_tensors="pt")
+    quick = maker.packed(picture, turns, together=True)
+    if inputs["input_ids"][0].tolist() != quick.ids:
         raise RuntimeError("the quick tokens differ from the tokenizer's")
-    if not torch.allclose(inputs["pixel_values"][0], pixels(scene), atol=1e-6):
+    if family.prompt_positions(trainer.model, inputs).tolist() != quick.positions:
+        raise RuntimeError("the quick positions differ from the model's")
+    pixels = inputs["pixel_values"].view(family.pixels([picture]).shape)
+    if not torch.allclose(pixels, family.pixels([picture]), atol=1e-6):
         raise RuntimeError("the quick pixels differ from the image processor's")
-    if processor.decode(maker.encode(scenes.describe(scene))) != scenes.describe(scene):
+    if processor.decode(maker.encode(description)) != description:
         raise RuntimeError("a description does not survive encoding and decoding")
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def chat_inputs(processor: LlavaProcessor, items: list[tuple[Scene, str]]) -> dict[str, torch.Tensor]:
+def chat_inputs(processor: ProcessorMixin, items: list[tuple[Picture, str]]) -> dict[str, torch.Tensor]:
     """Left-padded inputs of one-turn prompts, through the chat template like any user's."""
     messages = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for _, prompt in items
     ]
     texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
-    return processor(images=[scene.image for scene, _ in items], text=texts, padding=True, return_tensors="pt")
+    return processor(images=[picture.image for picture, _ in items], text=texts, padding=True, return_tensors="pt")
 
 
 @torch.inference_mode()
-def answers(model, processor, items: list[tuple[Scene, str]], batch_size: int = 50) -> Iterator[str]:
+def answers(model, processor, items: list[tuple[Picture, str]], batch_size: int = 50) -> Iterator[str]:
     """Free greedy generation."""
     for start in range(0, len(items), batch_size):
         inputs = chat_inputs(processor, items[start : start + batch_size]).to(model.device)
@@ -597,26 +503,27 @@ def answers(model, processor, items: list[tuple[Scene, str]], batch_size: int = 
         yield from processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def evaluate(model, processor, seeds: range) -> dict:
-    """Descriptions by object accuracy, questions by exact match for each kind, on scenes of these seeds."""
-    drawn = [scenes.draw_scene(seed) for seed in seeds]
-    texts = list(answers(model, processor, [(scene, scenes.DESCRIBE_PROMPTS[0]) for scene in drawn]))
-    right = [scenes.object_accuracy(text, scene) for text, scene in zip(texts, drawn, strict=True)]
-    objects = sum(len(scene.objects) for scene in drawn)
-    hits = sum(share * len(scene.objects) for share, scene in zip(right, drawn, strict=True))
-    extras = sum(len(scenes.wrong_objects(text, scene)) for text, scene in zip(texts, drawn, strict=True))
-    asked = [(scene, question) for scene in drawn for question in scenes.questions(scene)]
-    replies = answers(model, processor, [(scene, question.text) for scene, question in asked], batch_size=100)
+def evaluate(model, processor, task: Task, seeds: range) -> dict:
+    """Descriptions by object accuracy, questions by exact match for each kind, on pictures of these seeds."""
+    module = task.module
+    drawn = [task.draw(seed) for seed in seeds]
+    texts = list(answers(model, processor, [(picture, module.DESCRIBE_PROMPTS[0]) for picture in drawn]))
+    right = [module.object_accuracy(text, picture) for text, picture in zip(texts, drawn, strict=True)]
+    objects = sum(len(picture.objects) for picture in drawn)
+    hits = sum(share * len(picture.objects) for share, picture in zip(right, drawn, strict=True))
+    extras = sum(len(module.wrong_objects(text, picture)) for text, picture in zip(texts, drawn, strict=True))
+    asked = [(picture, question) for picture in drawn for question in module.questions(picture)]
+    replies = answers(model, processor, [(picture, question.text) for picture, question in asked], batch_size=100)
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for (_, question), reply in zip(asked, replies, strict=True):
-        by_kind[question.kind].append(scenes.answer_matches(reply, question))
+        by_kind[question.kind].append(module.answer_matches(reply, question))
     total = [hit for hits_of_kind in by_kind.values() for hit in hits_of_kind]
     return {
         "seeds": [seeds.start, seeds.stop],
         "objects": objects,
         "objects_right": round(hits / objects, 4),
         "wrong_objects_stated": extras,
-        "descriptions_word_for_word": sum(t == scenes.describe(s) for t, s in zip(texts, drawn, strict=True))
+        "descriptions_word_for_word": sum(t == module.describe(p) for t, p in zip(texts, drawn, strict=True))
         / len(drawn),
         "questions": len(total),
         "questions_right": round(sum(total) / len(total), 4),
@@ -625,7 +532,7 @@ def evaluate(model, processor, seeds: range) -> dict:
 
 
 @torch.inference_mode()
-def attention_spread(model, processor, seeds: range, mass: float = 0.9) -> dict[str, list[float]]:
+def attention_spread(model, processor, task: Task, seeds: range, mass: float = 0.9) -> dict[str, list[float]]:
     """Share of the prompt's keys that hold 90 % of the attention of its last queries (mean over heads), by layer.
 
     For the last 32 tokens, most of which lie in the picture, and for the text behind the picture alone; the attention
@@ -634,9 +541,10 @@ def attention_spread(model, processor, seeds: range, mass: float = 0.9) -> dict[
     model.set_attn_implementation("eager")
     shares: dict[str, list[torch.Tensor]] = defaultdict(list)
     for seed in seeds:
-        scene = scenes.draw_scene(seed)
-        for prompt in (scenes.DESCRIBE_PROMPTS[0], *(question.text for question in scenes.questions(scene)[:2])):
-            inputs = chat_inputs(processor, [(scene, prompt)]).to(model.device)
+        picture = task.draw(seed)
+        prompts = [question.text for question in task.module.questions(picture)[:2]]
+        for prompt in (task.module.DESCRIBE_PROMPTS[0], *prompts):
+            inputs = chat_inputs(processor, [(picture, prompt)]).to(model.device)
             weights = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].mean(1)
             texts = int((inputs["input_ids"][0].flip(0) == model.config.image_token_id).nonzero()[0])
             for name, queries in (("last 32 queries", 32), ("text queries", texts)):
@@ -653,15 +561,17 @@ def share_of_keys(weights: torch.Tensor, mass: float) -> torch.Tensor:
     return ((reached < mass).sum(-1) + 1) / weights.shape[-1]
 
 
-def evaluate_saved(out: str, device: str, count: int) -> None:
+def evaluate_saved(args: argparse.Namespace) -> None:
     """Load what was saved, as any user would, in two precisions, and print what it reaches on the test split."""
-    processor = AutoProcessor.from_pretrained(out)
+    processor = AutoProcessor.from_pretrained(args.out)
+    task = TASKS[args.task]()
+    seeds = task.module.TEST_SEEDS
     results: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForImageTextToText.from_pretrained(out, dtype=dtype).eval().to(device)
-        results[str(dtype).removeprefix("torch.")] = evaluate(model, processor, scenes.TEST_SEEDS[:count])
+        model = AutoModelForImageTextToText.from_pretrained(args.out, dtype=dtype).eval().to(args.device)
+        results[str(dtype).removeprefix("torch.")] = evaluate(model, processor, task, seeds[: args.test_scenes])
         if dtype == torch.float32:
-            results["keys_for_90_percent"] = attention_spread(model, processor, scenes.TEST_SEEDS[:8])
+            results["keys_for_90_percent"] = attention_spread(model, processor, task, seeds[:8])
     print(json.dumps(results, indent=2), flush=True)
 
 
@@ -671,6 +581,8 @@ def evaluate_saved(out: str, device: str, count: int) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="models/scene-llava", help="folder of the checkpoint")
+    parser.add_argument("--family", choices=FAMILIES, default="llava", help="what the model is made of")
+    parser.add_argument("--task", choices=TASKS, default="scenes", help="what it learns to read")
     parser.add_argument("--steps", type=int, default=6000, help="length of the run and of its schedule")
     parser.add_argument("--minutes", type=float, default=80, help="end, cooled down, by then if the steps take longer")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -681,10 +593,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="autocast in training")
     parser.add_argument("--resume", action="store_true", help="go on from the training state beside --out")
     parser.add_argument("--evaluate-only", action="store_true")
-    parser.add_argument("--test-scenes", type=int, default=300, help="held-out scenes of the evaluation")
+    parser.add_argument("--test-scenes", type=int, default=300, help="held-out pictures of the evaluation")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--print-every", type=int, default=50)
     args = parser.parse_args()
+    if args.family == "llava" and args.task != "scenes":
+        parser.error("the LLaVA sees pictures of one size only: --task scenes")
     if args.processes is None:
         args.processes = 2 if args.device == "cpu" else 1
     if args.processes > 1 and args.device != "cpu":
@@ -700,7 +614,7 @@ def train(rank: int, args: argparse.Namespace, meeting_place: str) -> None:
             "gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=args.processes
         )
     trainer = Trainer(args, rank)
-    check_shortcuts(trainer.processor, trainer.maker)
+    check_shortcuts(trainer)
     if rank == 0:
         print(f"{sum(weight.numel() for weight in trainer.model.parameters()):,} parameters, {args.device}", flush=True)
     if args.resume:
@@ -715,7 +629,7 @@ def main() -> int:
     if not args.evaluate_only:
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(train, (args, f"{folder}/meeting"), nprocs=args.processes)
-    evaluate_saved(args.out, args.device, args.test_scenes)
+    evaluate_saved(args)
     return 0
 
 
