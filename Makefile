@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-versions study-smoke bench lint demo models docs clean
+.PHONY: install test test-versions study-smoke bench nightly fuzz release-check lint demo models docs clean
 
 install: $(STAMP)
 
@@ -35,6 +35,21 @@ bench: install
 	$(BIN)/python benchmarks/memory.py --threads 2
 	$(BIN)/python benchmarks/peers.py --threads 2
 	$(BIN)/python benchmarks/plots.py
+
+# What takes too long for every change: random sequences, damaged profiles, and whether memory stays where it is.
+nightly: install
+	PREFIXKV_OPERATIONS=100000 PREFIXKV_MUTATIONS=100000 $(BIN)/python -m pytest -s tests/test_stateful.py tests/test_hostile_profiles.py
+	$(BIN)/python benchmarks/soak.py --minutes 20
+
+# Coverage-guided, for as long as FUZZ_SECONDS says; needs `pip install atheris` (Linux and macOS).
+FUZZ_SECONDS ?= 600
+fuzz: install
+	$(BIN)/python tests/fuzz/fuzz_profile.py -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+
+# Builds what would be published, looks into it, and tries the wheel alone on every Python that is here.
+release-check: install
+	$(BIN)/python -m pytest -q tests/test_public_api.py
+	$(BIN)/python tests/release_check.py
 
 lint: install
 	$(BIN)/ruff check

@@ -24,14 +24,21 @@ from transformers.modeling_utils import AttentionInterface
 from .compat import DOOR_METHOD
 from .distributed import join_head_ranks
 from .importance import attention_importance
-from .masks import readable
+from .importance_flash import CaughtLogSumExp
+from .masks import layer_mask, readable
 
 _MARK = "_prefixkv_handed_out"
 _this_thread = threading.local()
+LOG_SUM_EXP = "prefixkv_log_sum_exp"
+"""Among the options of a call that has returned: float32 [batch, heads, queries], where `counts_all_queries` asked."""
 
 
 class AttendedCache(Protocol):
     """What the door asks of a cache whose key tensor it recognises."""
+
+    def counts_all_queries(self, handed: HandedOut) -> bool:
+        """Whether the importance of all queries will be asked for, which is cheaper with the kernel's log-sum-exp."""
+        ...
 
     def before_attention(self, handed: HandedOut, module: Any, query: Any, mask: Any, backend: str) -> Any:
         """Return the mask that this layer needs."""
@@ -44,7 +51,7 @@ class AttendedCache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HandedOut:
     """What a key tensor carries from the cache to the door.
 
@@ -52,14 +59,16 @@ class HandedOut:
         cache: weak, so that a tensor that somebody keeps does not keep the cache.
         layer_idx: the layer whose keys these are.
         n_keys: how many.
-        positions: int64 [batch, 1 or kv_heads, n_keys], the logical position of each key (-1: none) where the mask must
-            be remapped; None where key i is token i.
+        own_mask: whether the mask must be remapped; if not, key i is token i.
+        positions: int64 [batch, 1 or kv_heads, n_keys], the logical position of each key (-1: none), needed with
+            `own_mask`; None: the cache still knows when the door asks.
         ragged: whether there is any -1 in `positions`.
     """
 
     cache: weakref.ref[AttendedCache]
     layer_idx: int
     n_keys: int
+    own_mask: bool
     positions: torch.Tensor | None
     ragged: bool
 
@@ -68,13 +77,21 @@ def hand_out(
     key: torch.Tensor,
     cache: AttendedCache,
     layer_idx: int,
+    *,
+    own_mask: bool = False,
     positions: torch.Tensor | None = None,
     ragged: bool = False,
 ) -> torch.Tensor:
     """Mark `key` as the tensor that layer `layer_idx` of `cache` gives to the model; returns it."""
-    handed = HandedOut(weakref.ref(cache), layer_idx, key.shape[2], positions, ragged)
+    handed = HandedOut(weakref.ref(cache), layer_idx, key.shape[2], own_mask, positions, ragged)
     setattr(key, _MARK, handed)
     _this_thread.newest = handed
+    return key
+
+
+def hand_out_compiled(key: torch.Tensor, positions: torch.Tensor, ragged: bool) -> torch.Tensor:
+    """`hand_out` of a decode step while it is being compiled: the mark says all that the door needs."""
+    setattr(key, _MARK, (positions, ragged))
     return key
 
 
@@ -126,6 +143,7 @@ def importance_of_call(
         scaling=options.get("scaling"),
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
+        log_sum_exp=options.get(LOG_SUM_EXP),
         average=average,
         per_head=per_head,
         max_bytes=max_bytes,
@@ -178,12 +196,25 @@ def hold_door(cache: object) -> None:
     _door.hold(cache)
 
 
+def _compiled(function: Callable, backend: str) -> Callable:
+    """The attention function as the compiler shall trace it: a decode step of ours with its own mask, others as is."""
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        mark = getattr(key, _MARK, None)
+        if mark is not None:
+            attention_mask = layer_mask(attention_mask, mark[0], mark[1], query, backend)
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attend
+
+
 def _wrap(original: Callable) -> Callable:
     def look_up(self: Any, attn_implementation: str, *default: Callable) -> Callable:
         function = original(self, attn_implementation, *default)
-        # What others compile is traced as if we were not there.
         if torch.compiler.is_compiling():
-            return function
+            return _compiled(function, attn_implementation or "eager")
 
         # `attention_mask` is named, since vision towers pass it by keyword.
         def attend(
@@ -194,7 +225,12 @@ def _wrap(original: Callable) -> Callable:
             if handed is None or cache is None:
                 return function(module, query, key, value, attention_mask, *args, **kwargs)
             mask = cache.before_attention(handed, module, query, attention_mask, attn_implementation or "eager")
-            output = function(module, query, key, value, mask, *args, **kwargs)
+            if attn_implementation == "sdpa" and cache.counts_all_queries(handed):
+                with CaughtLogSumExp() as caught:
+                    output = function(module, query, key, value, mask, *args, **kwargs)
+                kwargs = {**kwargs, LOG_SUM_EXP: caught.found}
+            else:
+                output = function(module, query, key, value, mask, *args, **kwargs)
             cache.after_attention(handed, module, query, key, mask, kwargs)
             return output
 

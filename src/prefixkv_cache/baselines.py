@@ -40,6 +40,8 @@ class UniformCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
+    _takes_profile = False
+
     def __init__(self, budget: float = 0.5, *, queries: int | str = "all", **options: Any):
         super().__init__(None, budget, queries=queries, **{"lengths": "uniform", **options})
 
@@ -62,6 +64,8 @@ class ElasticCache(PrefixKVCache):
             merged.
         options: further arguments of `PrefixKVCache`.
     """
+
+    _takes_profile = False
 
     def __init__(self, budget: float = 0.5, *, merge: str | None = "kv", as_published: bool = False, **options: Any):
         self.as_published = as_published
@@ -95,6 +99,8 @@ class H2OCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
+    _takes_profile = False
+
     def __init__(self, budget: float = 0.5, *, recent: float = 0.5, as_published: bool = False, **options: Any):
         self.as_published = as_published
         rule = {"queries": "all", "heads": "each", "lengths": "uniform", "evict": "least-important", "sink": 0}
@@ -118,6 +124,8 @@ class StreamingLLMCache(PrefixKVCache):
         sink: first tokens that are never pruned (the paper: 4).
         options: further arguments of `PrefixKVCache`.
     """
+
+    _takes_profile = False
 
     def __init__(self, budget: float = 0.5, *, sink: int = 4, **options: Any):
         rule = {"queries": 1, "lengths": "uniform", "evict": "oldest"}
@@ -145,6 +153,8 @@ class SnapKVCache(PrefixKVCache):
         pooling: width of the maximum, odd (the paper: 7).
         options: further arguments of `PrefixKVCache`.
     """
+
+    _takes_profile = False
 
     def __init__(self, budget: float = 0.5, *, window: int = 32, pooling: int = 7, **options: Any):
         rule = {"queries": window, "recent": window, "heads": "each", "lengths": "uniform", "distance": None}
@@ -182,6 +192,8 @@ class RandomCache(PrefixKVCache):
         seed: of the draw.
         options: further arguments of `PrefixKVCache`.
     """
+
+    _takes_profile = False
 
     def __init__(self, budget: float = 0.5, *, seed: int = 0, **options: Any):
         self.seed = seed

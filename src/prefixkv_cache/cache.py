@@ -14,7 +14,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
-from .attention import HandedOut, hand_out, hold_door, importance_of_call
+from .attention import HandedOut, hand_out, hand_out_compiled, hold_door, importance_of_call
 from .compat import SEES_EAGER, crops_to_nothing, empty_after_reset, explain_unseen
 from .distributed import join_head_ranks
 from .eviction import Eviction, FixedPointEviction, LeastImportantEviction
 from .importance import DEFAULT_MAX_BYTES
 from .layer import Prompt, PrunedLayer
-from .lengths import pyramid_ratios, raise_counts_to_floor, raise_to_floor
+from .lengths import dithered_count, pyramid_ratios, raise_counts_to_floor, raise_to_floor
 from .masks import layer_mask, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
 from .scoring import Ranking, check_choice, check_fraction, rank_keys
@@ -70,6 +70,7 @@ class PrefixKVCache(Cache):
         pooling: window, in keys, over which importance spreads to neighbours, an odd number; 1: none; see `Ranking`.
         value_norm: whether importance is multiplied by the norm of the value; see `Ranking`.
         diversity: share of the score that is a key's difference from the others, in [0, 1]; see `Ranking`.
+        novelty: exponent of the factor by which a key loses what better-ranked keys say already; see `Ranking`.
         lengths: where there is no profile: `"search"` on the prompt, `"uniform"`: the budget for every layer, or
             `"pyramid"`: falling from layer to layer (PyramidKV, arXiv 2406.02069).
         floor: each layer keeps at least `floor * budget` of the prompt, in [0, 1]: that share of all pairs is
@@ -78,12 +79,17 @@ class PrefixKVCache(Cache):
             that the layer keeps.
         evict: which pair leaves while decoding: `"fixed-point"`, `"oldest"` behind the sink, or `"least-important"` by
             attention received so far (H2O, arXiv 2306.14048). How many leave is the same for all.
+        slack: pairs that a layer may hold beyond its share of the tokens seen before one leaves while decoding: with
+            `distance=1`, so many generated tokens stay readable beside the prompt's pairs. 0: the papers' rule.
         merge: `"kv"`: each pruned pair is merged into the nearest that stays (Elastic Cache), `"value"`: its value
             only, None: it is dropped.
         image_mask: bool [batch, n_prompt], True at the image tokens of the first prompt. None: nothing is known of
             images.
         text_floor: share of the prompt's text tokens that is never pruned, in [0, 1], the best by score; where not even
             that fits, as many as fit. Has a meaning only with an `image_mask`.
+        max_new_tokens: at most so many tokens will be generated after each prompt. All memory is then allocated once,
+            at the prompt's end, and decode steps have fixed shapes and addresses, as `torch.compile` and CUDA graphs
+            need them (docs/performance.md). None: memory grows as it is needed.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
         offloading: keep the pairs of all layers but the current one and the next in CPU memory (CUDA only), as
             transformers' own caches do.
@@ -92,6 +98,8 @@ class PrefixKVCache(Cache):
         TypeError, ValueError: an argument is not what is described above.
         ProfileError: the profile cannot be read, or is for another number of layers than `config` has.
     """
+
+    _takes_profile = True  # a subclass that says by itself how long the layers are does not
 
     def __init__(
         self,
@@ -107,27 +115,37 @@ class PrefixKVCache(Cache):
         pooling: int = 1,
         value_norm: bool = False,
         diversity: float = 0.0,
+        novelty: float = 0.0,
         lengths: str = "search",
         floor: float = 0.0,
         recent: float = 1,
         evict: str = "fixed-point",
+        slack: int = 0,
         merge: str | None = None,
         image_mask: Tensor | None = None,
         text_floor: float = 1.0,
+        max_new_tokens: int | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
         offloading: bool = False,
     ):
         self.budget = check_budget(budget)
-        self.ranking = Ranking(queries, average, heads, pooling, value_norm, diversity)
+        self.ranking = Ranking(queries, average, heads, pooling, value_norm, diversity, novelty)
         self.sink = _check_integer("sink", sink, 0)
         self.distance = None if distance is None else _check_integer("distance", distance, 1)
         self.lengths = check_choice("lengths", lengths, _LENGTHS)
         self.floor = check_fraction("floor", floor)
         self.recent = _check_recent(recent)
         self.evict = check_choice("evict", evict, _EVICTIONS)
+        self.slack = _check_integer("slack", slack, 0)
         self.merge = check_choice("merge", merge, _MERGES)
         self.image_mask = _check_image_mask(image_mask)
         self.text_floor = check_fraction("text_floor", text_floor)
+        self.max_new_tokens = None if max_new_tokens is None else _check_integer("max_new_tokens", max_new_tokens, 1)
+        if self.max_new_tokens is not None and (offloading or self.evict == "least-important"):
+            raise ValueError(
+                "max_new_tokens plans the decode steps beforehand, which evict='least-important' and offloading=True "
+                "do not allow; leave one of them out"
+            )
         self.max_bytes = _check_integer("max_bytes", max_bytes, 1)
         self.profile = _load_profile(profile)
         self._keep: list[float] | None = None
@@ -167,7 +185,7 @@ class PrefixKVCache(Cache):
         kwargs.setdefault("config", model.config)
         if inputs is not None:
             kwargs.setdefault("image_mask", image_mask_of(inputs, model.config))
-        if "profile" not in kwargs and kwargs.get("lengths", "search") == "search":
+        if cls._takes_profile and "profile" not in kwargs and kwargs.get("lengths", "search") == "search":
             kwargs["profile"] = _bundled_profile(model.config)
         return cls(budget=budget, **kwargs)
 
@@ -252,11 +270,21 @@ class PrefixKVCache(Cache):
             raise _wrong_depth(self.profile, f"at least {layer_idx + 1}")
         if layer.prompt is not None:
             self._settle(layer_idx)
-        self._check_in_step(layer, layer_idx, key_states.shape[2])
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        # Taken now: a model that shares keys between layers shows this tensor again after the layer was pruned.
-        positions = layer.slot_positions() if layer.needs_own_mask else None
-        return hand_out(keys, self, layer_idx, positions, layer.ragged), values
+        if layer.by_schedule and torch.compiler.is_compiling():
+            keys, values = layer.update(key_states, value_states)
+            return hand_out_compiled(keys, layer.shown_positions(), layer.ragged), values
+        if not layer.by_schedule or key_states.shape[2] > 1:
+            self._check_in_step(layer, layer_idx, key_states.shape[2])
+        if self.offloading:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        else:
+            keys, values = layer.update(key_states, value_states)
+        own_mask, positions = layer.needs_own_mask, None
+        if own_mask and layer.prompt is not None:
+            # Taken now: a model that shares keys between layers shows this tensor again after the layer was pruned.
+            positions = layer.slot_positions()
+        keys = hand_out(keys, self, layer_idx, own_mask=own_mask, positions=positions, ragged=layer.ragged)
+        return keys, values
 
     def _check_in_step(self, layer: PrunedLayer, layer_idx: int, n_new: int) -> None:
         """All layers are fed the same tokens; if they were not, an earlier forward broke off on the way."""
@@ -349,9 +377,28 @@ class PrefixKVCache(Cache):
 
     # What the door calls.
 
+    def counts_all_queries(self, handed: HandedOut) -> bool:
+        """Whether all queries of this call will be asked for."""
+        prompt = self._pruned(handed.layer_idx).prompt
+        waiting = prompt is not None and not prompt.attended and not self._keeps_all(handed.layer_idx)
+        return waiting and self.ranking.queries == "all" and self.ranking.average == "sum"
+
     def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask of this layer: its own columns where it does not hold exactly the tokens seen."""
-        config = getattr(module, "config", None)
+        layer = self._pruned(handed.layer_idx)
+        prompt = layer.prompt
+        if prompt is not None and not prompt.attended:
+            self._check_model(getattr(module, "config", None))
+            # Read before the columns are taken: padding is told by logical columns.
+            prompt.real, prompt.lengths = self._padding_of(mask, query.shape[0], prompt.n_new)
+            prompt.image = self._image_of(prompt, query.shape[0], self.layers[handed.layer_idx].get_seq_length())
+        if not handed.own_mask or (mask is None and not handed.ragged and query.shape[2] == 1):
+            return mask
+        positions = layer.shown_positions() if handed.positions is None else handed.positions
+        return layer_mask(mask, positions, handed.ragged, query, backend)
+
+    def _check_model(self, config: Any) -> None:
+        """Hold the config of the attention module against what the cache was told of the model."""
         if self._prunable is None:
             self._learn(config)
         elif self._from_config and (found := getattr(config, "num_hidden_layers", self._depth)) != self._depth:
@@ -359,14 +406,6 @@ class PrefixKVCache(Cache):
                 f"the model has {found} layers, but the config that the cache was given speaks of "
                 f"{self._depth}; pass the config of this model: config=model.config"
             )
-        prompt = self._pruned(handed.layer_idx).prompt
-        if prompt is not None and not prompt.attended:
-            # Read before the columns are taken: padding is told by logical columns.
-            prompt.real, prompt.lengths = self._padding_of(mask, query.shape[0], prompt.n_new)
-            prompt.image = self._image_of(prompt, query.shape[0], self.layers[handed.layer_idx].get_seq_length())
-        if handed.positions is None:
-            return mask
-        return layer_mask(mask, handed.positions, handed.ragged, query, backend)
 
     def after_attention(
         self, handed: HandedOut, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
@@ -387,7 +426,7 @@ class PrefixKVCache(Cache):
             prompt.scores = self._scores(importance[..., n_old:], prompt, module)
         prompt.attended = True
         if self._keep is not None or self._keeps_all(layer_idx) or layer.keep_ratios:
-            self._prune_by_ratio(layer, prompt, self._ratio(layer_idx))
+            self._prune_by_ratio(layer, prompt, layer_idx)
         elif self.lengths != "search":
             raise ValueError(
                 f"lengths={self.lengths!r} needs the number of layers, which this model's attention does not tell; "
@@ -438,24 +477,25 @@ class PrefixKVCache(Cache):
             )
         scores = rank_keys(importance, keys, values, ranking, prompt.real)
         # Over all heads where they agree on keys; what is asked of single heads was not joined with other ranks yet.
-        shared = ranking.by_head and ranking.heads != "each"
-        return join_head_ranks(scores, module, ranking.heads) if shared else scores
+        return join_head_ranks(scores, module, ranking.heads) if ranking.by_rank else scores
 
     # How much each layer keeps.
 
     def _new_layer(self) -> PrunedLayer:
         share = 0.0 if self.recent >= 1 else self.recent
-        return PrunedLayer(self._eviction(), recent=share, sink=self.sink, merge=self.merge)
+        return PrunedLayer(
+            self._eviction(), recent=share, sink=self.sink, merge=self.merge, max_new_tokens=self.max_new_tokens
+        )
 
     def _eviction(self) -> Callable[[int, int, float], Eviction]:
         """The decode rule of a row, made from its pairs stored, tokens seen and keep ratio."""
         if self.distance is None:
             return FixedPointEviction
         if self.evict == "oldest":
-            return partial(FixedPointEviction, point=self.sink)
+            return partial(FixedPointEviction, point=self.sink, slack=self.slack)
         if self.evict == "least-important":
-            return LeastImportantEviction
-        return partial(FixedPointEviction, distance=self.distance)
+            return partial(LeastImportantEviction, slack=self.slack)
+        return partial(FixedPointEviction, distance=self.distance, slack=self.slack)
 
     def _set_prunable(self, prunable: list[int]) -> None:
         if self.profile is not None and self.profile.n_layers != len(prunable):
@@ -482,7 +522,11 @@ class PrefixKVCache(Cache):
         """Keep ratio of a layer for a first prompt; without a profile the budget, which is then 1."""
         if self._keep is None:
             return self.budget
-        return self._keep[layer_idx if self._prunable is None else self._prunable.index(layer_idx)]
+        return self._keep[self._place(layer_idx)]
+
+    def _place(self, layer_idx: int) -> int:
+        """Which one of the prunable layers this is."""
+        return layer_idx if self._prunable is None else self._prunable.index(layer_idx)
 
     def _keeps_all(self, layer_idx: int) -> bool:
         return self._ratio(layer_idx) == 1.0
@@ -512,21 +556,29 @@ class PrefixKVCache(Cache):
         if self.image_mask is None:
             return None
         mask = self.image_mask.to(prompt.keys.device)
+        if seen - prompt.n_new >= mask.shape[1]:
+            # Behind the first prompt is text, whatever became of its rows since.
+            return mask.new_zeros(batch, prompt.n_new)
         if batch % mask.shape[0]:
             raise ValueError(
                 f"image_mask has {mask.shape[0]} rows for a batch of {batch}; it must be bool [batch, n_prompt]"
             )
         # Beams and several sequences of one prompt stand side by side.
         mask = mask.repeat_interleave(batch // mask.shape[0], 0)
-        # What comes behind the first prompt is text.
         mask = F.pad(mask, (0, max(0, seen - mask.shape[1])))
         return mask[:, seen - prompt.n_new : seen]
 
-    def _prune_by_ratio(self, layer: PrunedLayer, prompt: Prompt, first_ratio: float) -> None:
+    def _prune_by_ratio(self, layer: PrunedLayer, prompt: Prompt, layer_idx: int) -> None:
         # A later prompt goes by the ratios that its rows have already; and the sink is the first prompt's.
-        ratios = layer.keep_ratios or [first_ratio] * layer.batch_size
+        ratios = layer.keep_ratios or [self._ratio(layer_idx)] * layer.batch_size
         sink = 0 if layer.keep_ratios else self.sink
-        counts = [_prompt_count(ratio, length, sink) for ratio, length in zip(ratios, prompt.lengths, strict=True)]
+        if self.lengths == "search":
+            counts = [_prompt_count(ratio, length, sink) for ratio, length in zip(ratios, prompt.lengths, strict=True)]
+        else:
+            counts = [
+                dithered_count(ratio, length, self._place(layer_idx), len(self._prunable or [0]), sink)
+                for ratio, length in zip(ratios, prompt.lengths, strict=True)
+            ]
         self._prune(layer, prompt, counts, ratios, sink)
 
     def _prune_by_search(self) -> None:
@@ -618,6 +670,7 @@ def _stored(layer: Any) -> int:
     return 0 if keys is None or keys.numel() == 0 else keys.shape[-2]
 
 
+@lru_cache(maxsize=4096)
 def _prompt_count(ratio: float, length: int, sink: int) -> int:
     return int(prompt_counts(torch.tensor([ratio], dtype=torch.float64), length, sink))
 

@@ -1,10 +1,10 @@
 """Where the next pair goes while decoding, and which pair leaves for it: one small machine for each row of a layer.
 
-The count is the same for all rules: a layer that would hold one pair more than its share of the tokens seen lets one
-go. Which one is the rule's own: `FixedPointEviction` is that of Elastic Cache (arXiv 2407.18121, section 3.3) and
-PrefixKV, `LeastImportantEviction` that of H2O (arXiv 2306.14048, algorithm 1). Plain integers: no tensor is touched
-here, the layer writes to the slot that it is given. Slots are places in memory; rotary angles were applied before the
-keys were stored, so a pair can lie in any slot.
+The count is the same for all rules: a layer that would hold one pair more than its share of the tokens seen, and some
+slack if there is any, lets one go. Which one is the rule's own: `FixedPointEviction` is that of Elastic Cache (arXiv
+2407.18121, section 3.3) and PrefixKV, `LeastImportantEviction` that of H2O (arXiv 2306.14048, algorithm 1). Plain
+integers: no tensor is touched here, the layer writes to the slot that it is given. Slots are places in memory; rotary
+angles were applied before the keys were stored, so a pair can lie in any slot.
 """
 
 from __future__ import annotations
@@ -56,12 +56,21 @@ class FixedPointEviction:
         keep: keep ratio of the layer, fraction kept in [0, 1]. At 1 nothing leaves.
         distance: P lies this many pairs before the prompt's end; at least 1. None: nothing leaves.
         point: P itself, instead of a distance: `sink` makes everything behind the sink a queue (StreamingLLM).
+        slack: pairs that may be held beyond the share before one leaves (the papers: 0).
     """
 
-    __slots__ = ("keep", "point", "queue", "seen", "stored")
+    __slots__ = ("keep", "point", "queue", "seen", "slack", "stored")
 
-    def __init__(self, stored: int, seen: int, keep: float, distance: int | None = None, point: int | None = None):
-        self.stored, self.seen, self.keep = stored, seen, keep
+    def __init__(
+        self,
+        stored: int,
+        seen: int,
+        keep: float,
+        distance: int | None = None,
+        point: int | None = None,
+        slack: int = 0,
+    ):
+        self.stored, self.seen, self.keep, self.slack = stored, seen, keep, slack
         self.point: int | None = None
         self.queue: deque[int] = deque()
         if keep >= 1.0:
@@ -76,7 +85,7 @@ class FixedPointEviction:
     def next_slot(self) -> int | None:
         """Take in one more token and return the slot for its pair: the leaving pair's, or the first unused one."""
         self.seen += 1
-        if self.queue and self.stored + 1 - self.seen * self.keep >= 1:
+        if self.queue and self.stored + 1 - self.seen * self.keep >= 1 + self.slack:
             slot = self.queue.popleft()
         else:
             slot = self.stored
@@ -87,13 +96,13 @@ class FixedPointEviction:
 
     def copy(self) -> FixedPointEviction:
         """An independent continuation of the same row (a beam that splits)."""
-        twin = FixedPointEviction(self.stored, self.seen, self.keep)
+        twin = FixedPointEviction(self.stored, self.seen, self.keep, slack=self.slack)
         twin.point, twin.queue = self.point, self.queue.copy()
         return twin
 
     def shortened(self, stored: int, removed: int) -> FixedPointEviction:
         """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
-        twin = FixedPointEviction(stored, max(stored, self.seen - removed), self.keep)
+        twin = FixedPointEviction(stored, max(stored, self.seen - removed), self.keep, slack=self.slack)
         if self.point is not None:
             twin.point = min(self.point, max(stored - 1, 0))
             twin.queue.extend(range(twin.point, stored))
@@ -107,25 +116,26 @@ class LeastImportantEviction:
         stored: pairs in the row after the prompt.
         seen: real tokens that the row was fed so far.
         keep: keep ratio of the layer, fraction kept in [0, 1]. At 1 nothing leaves.
+        slack: pairs that may be held beyond the share before one leaves (the paper: 0).
     """
 
-    __slots__ = ("keep", "seen", "stored")
+    __slots__ = ("keep", "seen", "slack", "stored")
 
-    def __init__(self, stored: int, seen: int, keep: float):
-        self.stored, self.seen, self.keep = stored, seen, keep
+    def __init__(self, stored: int, seen: int, keep: float, slack: int = 0):
+        self.stored, self.seen, self.keep, self.slack = stored, seen, keep, slack
 
     def next_slot(self) -> int | None:
         """Take in one more token; return the first unused slot, or None: that of the least important pair."""
         self.seen += 1
-        if self.keep < 1.0 and self.stored + 1 - self.seen * self.keep >= 1:
+        if self.keep < 1.0 and self.stored + 1 - self.seen * self.keep >= 1 + self.slack:
             return None
         self.stored += 1
         return self.stored - 1
 
     def copy(self) -> LeastImportantEviction:
         """An independent continuation of the same row (a beam that splits)."""
-        return LeastImportantEviction(self.stored, self.seen, self.keep)
+        return LeastImportantEviction(self.stored, self.seen, self.keep, self.slack)
 
     def shortened(self, stored: int, removed: int) -> LeastImportantEviction:
         """The row after its newest `removed` tokens were taken back."""
-        return LeastImportantEviction(stored, max(stored, self.seen - removed), self.keep)
+        return LeastImportantEviction(stored, max(stored, self.seen - removed), self.keep, self.slack)

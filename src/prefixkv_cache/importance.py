@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .importance_flash import believable, column_sums, covers
 from .masks import BlockMaskReader, PickedMask
 
 Mask: TypeAlias = Tensor | BlockMaskReader | PickedMask | None
@@ -39,6 +40,7 @@ def attention_importance(
     sink_logits: Tensor | None = None,
     average: str = "sum",
     per_head: bool = False,
+    log_sum_exp: Tensor | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Tensor:
     """Attention probability that each key receives, summed over the queries that count, averaged over the heads.
@@ -61,6 +63,8 @@ def attention_importance(
         average: `"sum"` over the queries that count, or `"visible"`: that sum divided by the number of counting
             queries that can see the key, so that early keys, which more queries see, have no advantage.
         per_head: whether to give one row for each key head, the mean over the query heads that share it.
+        log_sum_exp: float32 [batch, query_heads, n_queries], the logarithm of each softmax's denominator, where the
+            backend's kernel has told it: all queries are cheaper with it, see importance_flash.py.
         max_bytes: ceiling for all temporaries together.
 
     Returns:
@@ -70,6 +74,11 @@ def attention_importance(
     batch, query_heads, _, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
     factor = head_dim**-0.5 if scaling is None else scaling
+    if queries == "all" and average == "sum" and covers(mask, log_sum_exp, softcap, sink_logits, query):
+        assert log_sum_exp is not None and (mask is None or isinstance(mask, Tensor)), "covers() says so"
+        sums = column_sums(query, key, log_sum_exp, mask=mask, counts=real, scaling=factor)
+        if believable(sums, query.shape[2], query_heads, real):
+            return _joined(sums, query_heads // kv_heads, per_head)
     query, mask, weight, causal_end = _queries_that_count(query, mask, n_keys, queries, real)
     group = query_heads // kv_heads
     total = torch.zeros(batch, kv_heads, n_keys, dtype=torch.float32, device=key.device)
@@ -93,10 +102,15 @@ def attention_importance(
             if viewers is not None and heads.start == 0:  # which keys a query sees is the same in all heads
                 viewers[rows, :seen] += _viewers(scores[:, 0, 0], span_weight)
             total[rows, heads, :seen] += _column_sums(scores, span_weight, beside)
-    total.masked_fill_(total < _NOTHING, 0.0)
     if viewers is not None:
-        total /= viewers.clamp_min_(1.0)[:, None]
-    return total / group if per_head else total.sum(1) / query_heads
+        total = total.masked_fill_(total < _NOTHING, 0.0) / viewers.clamp_min_(1.0)[:, None]
+    return _joined(total, group, per_head)
+
+
+def _joined(total: Tensor, group: int, per_head: bool) -> Tensor:
+    """The mean over the heads, of all or of each group, from the sums over each group [batch, kv_heads, n_keys]."""
+    total.masked_fill_(total < _NOTHING, 0.0)
+    return total / group if per_head else total.sum(1) / (group * total.shape[1])
 
 
 def _viewers(scores: Tensor, weight: Tensor | None) -> Tensor:

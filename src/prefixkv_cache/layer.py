@@ -9,17 +9,24 @@ head to head: counts and slots do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .compat import MaxLengthNames, explain_crop, n_queries
 from .eviction import Eviction, FixedPointEviction, LeastImportantEviction
 from .merging import merge_pruned
+from .schedule import Schedule, keep_address
+
+STEPS_PER_GROWTH = 64
+"""Where the number of decode steps is not known beforehand, buffers grow by what so many steps need: growing copies a
+layer, so it costs at most two in 64 of reading it, whatever its length."""
 
 
 @dataclass
@@ -63,9 +70,9 @@ class Buffers:
     positions: Tensor
     scores: Tensor | None = None
 
-    def take(self, columns: Tensor) -> Buffers:
-        """New buffers, with spare room, of these columns: int64 [batch, 1 or heads, n], -1: slots that hold nothing."""
-        index = _padded(columns)
+    def take(self, columns: Tensor, spare: int = 0) -> Buffers:
+        """New buffers of these columns, int64 [batch, 1 or heads, n], -1: slots that hold nothing; and spare ones."""
+        index = F.pad(columns, (0, spare), value=-1)
         empty = index < 0
         # Slots that hold nothing become copies of the first pair: what is masked out must still be a finite number.
         index.clamp_min_(0)
@@ -81,10 +88,11 @@ class Buffers:
         keys, values, positions = (each.index_select(0, indices) for each in (self.keys, self.values, self.positions))
         return Buffers(keys, values, positions, scores)
 
-    def grown(self) -> Buffers:
-        """The same pairs with new spare room behind them."""
-        scores = None if self.scores is None else _padded(self.scores, 2, 0)
-        return Buffers(_padded(self.keys, 2, 0), _padded(self.values, 2, 0), _padded(self.positions), scores)
+    def grown(self, spare: int) -> Buffers:
+        """The same pairs with so many more slots behind them."""
+        scores = None if self.scores is None else F.pad(self.scores, (0, spare))
+        keys, values = (F.pad(each, (0, 0, 0, spare)) for each in (self.keys, self.values))
+        return Buffers(keys, values, F.pad(self.positions, (0, spare), value=-1), scores)
 
 
 class PrunedLayer(MaxLengthNames, CacheLayerMixin):
@@ -97,11 +105,17 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         merge: `"kv"`: pruned pairs are merged into the nearest that stays (merging.py), `"value"`: their values only;
             None: nothing is.
         merge_shift: see `merge_pruned`.
+        max_new_tokens: so many decode steps after a prompt find their memory allocated and their slots decided, see
+            schedule.py. None: memory grows as it is needed.
     """
 
-    is_compileable = False
     is_sliding = False
     is_croppable = False
+
+    @property
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether decode steps have fixed shapes and addresses."""
+        return self.max_new_tokens is not None
 
     def __init__(
         self,
@@ -111,7 +125,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         sink: int = 0,
         merge: str | None = None,
         merge_shift: int = 0,
+        max_new_tokens: int | None = None,
     ):
+        self.max_new_tokens = max_new_tokens
         self._evict, self._recent, self._sink = evict, recent, sink
         self._merge, self.merge_shift = merge, merge_shift
         self._clear()
@@ -121,10 +137,27 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         self._rows: list[Eviction] = []  # one for each row, or one for all where all have the same numbers
         self._width = 0  # slots in use, by the longest row
         self._in_place = True  # slot i holds position i in every row, so that a mask needs no remapping
-        self.seen = 0
+        self._unwritten: dict[int, int] = {}  # slot -> position: not yet written to the buffers, which few steps read
+        self._schedule: Schedule | None = None
+        self._seen = 0
         self._accumulated = -1  # seen, when `accumulate` was last called
         self.prompt: Prompt | None = None
         self.is_initialized = False
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, padding included."""
+        self._catch_up()
+        return self._seen
+
+    def _catch_up(self) -> None:
+        """Take note, on the host, of the steps that a schedule took on the device."""
+        if self._schedule is None or torch.compiler.is_compiling():
+            return
+        for _ in range(self._schedule.steps_taken()):
+            slots = [row.next_slot() for row in self._rows]
+            self._width = max(self._width, *(slot + 1 for slot in slots if slot is not None))
+            self._seen += 1
 
     # What transformers reads.
 
@@ -133,21 +166,28 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         """[batch, heads, stored, head_dim], or None before the first prompt."""
         if self.prompt is not None:
             return self.prompt.keys
-        return None if self._buffers is None else self._buffers.keys[:, :, : self._width]
+        self._catch_up()
+        return None if self._buffers is None else self._buffers.keys.narrow(2, 0, self._width)
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """[batch, heads, stored, head_dim], or None before the first prompt."""
         if self.prompt is not None:
             return self.prompt.values
-        return None if self._buffers is None else self._buffers.values[:, :, : self._width]
+        self._catch_up()
+        return None if self._buffers is None else self._buffers.values.narrow(2, 0, self._width)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included: where the next token's position starts."""
-        return self.seen
+        """Tokens seen, padding included: where the next token's position starts.
+
+        While steps go by a schedule, this is an int64 tensor [] on the device, as it is in transformers' static layers.
+        """
+        return self._seen if self._schedule is None else self._schedule.seen  # pyright: ignore[reportReturnType]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask, in logical columns; the layer takes its own columns at the door."""
+        if self._schedule is not None and n_queries(query_length) == 1:
+            return self._schedule.last, 0
         return self.seen + n_queries(query_length), 0
 
     @property
@@ -169,8 +209,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
     @property
     def ragged(self) -> bool:
-        """Whether rows hold different numbers of pairs, so that some slots hold nothing."""
-        return len({row.stored for row in self._rows}) > 1
+        """Whether some of the slots that the backend sees hold nothing: rows of different lengths, steps to come."""
+        return self.by_schedule or (len(self._rows) > 1 and len({row.stored for row in self._rows}) > 1)
 
     @property
     def keep_ratios(self) -> list[float]:
@@ -194,12 +234,34 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         return new if self._buffers is None else torch.cat([stored, new], dim=2)
 
     def _stored_positions(self, buffers: Buffers) -> Tensor:
+        self._catch_up()
+        self._write_positions(buffers)
         return buffers.positions[:, :, : self._width]
+
+    def _write_positions(self, buffers: Buffers) -> None:
+        if self._unwritten:
+            slots, positions = (
+                torch.tensor(list(each), device=buffers.positions.device)
+                for each in (self._unwritten, self._unwritten.values())
+            )
+            buffers.positions[:, :, slots] = positions
+            self._unwritten.clear()
 
     @property
     def needs_own_mask(self) -> bool:
         """Whether the pairs that the backend sees differ from the tokens that the model's mask speaks of."""
-        return not self._in_place
+        return self.by_schedule or not self._in_place
+
+    @property
+    def by_schedule(self) -> bool:
+        """Whether decode steps go by a schedule made beforehand, see schedule.py."""
+        return self._schedule is not None
+
+    def shown_positions(self) -> Tensor:
+        """Like `slot_positions`, of all the slots that the backend sees in the current step."""
+        if self._schedule is not None and self._buffers is not None:
+            return self._buffers.positions
+        return self.slot_positions()
 
     # The way of the data: a prompt comes in whole, is pruned, then tokens come one by one.
 
@@ -223,25 +285,27 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         Raises:
             ValueError: the batch is not the one that is stored, or there are no tokens.
         """
-        self._check(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._buffers is not None and key_states.shape[2] == 1:
-            return self._decode(self._buffers, key_states.detach(), value_states.detach())
+        if self._buffers is not None:
+            self._check(key_states, self._buffers.keys.shape)
+            if key_states.shape[2] == 1:
+                if key_states.requires_grad or value_states.requires_grad:
+                    key_states, value_states = key_states.detach(), value_states.detach()
+                step = self._decode if self._schedule is None else self._decode_by_schedule
+                return step(self._buffers, key_states, value_states)
+        if key_states.shape[2] == 0:
+            raise ValueError("the prompt has no tokens; a cache layer needs at least one")
         return self._begin_prompt(key_states, value_states)
 
-    def _check(self, key_states: Tensor) -> None:
-        batch, heads, n_new, head_dim = key_states.shape
-        if n_new == 0:
-            raise ValueError("the prompt has no tokens; a cache layer needs at least one")
-        if self._buffers is not None and batch != self.batch_size:
+    def _check(self, key_states: Tensor, stored: torch.Size) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        if batch != stored[0]:
             raise ValueError(
-                f"got a batch of {batch} for a cache that holds {self.batch_size} rows; "
+                f"got a batch of {batch} for a cache that holds {stored[0]} rows; "
                 "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
             )
-
-        if self._buffers is not None and (heads, head_dim) != self._buffers.keys.shape[1::2]:
-            stored = self._buffers.keys.shape
+        if heads != stored[1] or head_dim != stored[3]:
             raise ValueError(
                 f"got keys of {heads} heads of {head_dim} for a cache that holds {stored[1]} heads of {stored[3]}; "
                 "this is another model: call cache.reset() first"
@@ -252,8 +316,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             keys = torch.cat([self.keys, keys], dim=2)
             values = torch.cat([self.values, values], dim=2)
+        self._schedule = None  # and the next is made when this prompt has been pruned
         self.prompt = Prompt(keys.detach(), values.detach(), n_new)
-        self.seen += n_new
+        self._seen += n_new
         return keys, values
 
     def prune(self, kept: Tensor, counts: list[int], keep: list[float]) -> None:
@@ -282,19 +347,35 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         seen = [old + new for old, new in zip(self._per_row("seen"), prompt.lengths, strict=True)]
 
         self._width = max(held)
-        self._buffers = Buffers(keys, values, positions, scores).take(columns[..., : self._width])
         states = list(zip(held, seen, keep, strict=True))
         states = states[:1] if len(set(states)) == 1 else states
         self._rows = [self._evict(*state) for state in states]
-        self._in_place = self._in_place and self._width == self.seen and not self.ragged
+        self._in_place = self._in_place and self._width == self._seen and not self.ragged
         self.prompt = None
+        self._rebuild(Buffers(keys, values, positions, scores), columns[..., : self._width], self.max_new_tokens)
+
+    def _rebuild(self, source: Buffers, columns: Tensor, n_steps: int | None) -> None:
+        """New buffers of these columns of `source`, with room for `n_steps` decode steps if that is known.
+
+        Otherwise there is no spare room: while a prompt runs, all layers hold theirs beside one whole prompt.
+        """
+        self._unwritten.clear()
+        if n_steps is None:
+            self._buffers = source.take(columns)
+            return
+        self._schedule = schedule = Schedule(self._rows, n_steps, self._seen, columns.device)
+        self._buffers = buffers = source.take(columns, schedule.capacity - self._width)
+        for tensor in (buffers.keys, buffers.values, buffers.positions):
+            keep_address(tensor)
 
     def _merged(self, prompt: Prompt, kept: Tensor, n_old: int) -> tuple[Tensor, Tensor]:
         """Keys and values of old pairs and prompt, what is pruned of the prompt merged into what stays."""
+        # The sink is the first prompt's.
+        sink, shift = (0, 0) if n_old else (self._sink, self.merge_shift)
 
         def merged(pairs: Tensor) -> Tensor:
             new = pairs[:, :, n_old:]
-            new = merge_pruned(new, kept, real=prompt.real, sink=self._sink, shift=self.merge_shift)
+            new = merge_pruned(new, kept, real=prompt.real, sink=sink, shift=shift)
             return torch.cat([pairs[:, :, :n_old], new], dim=2) if n_old else new
 
         keys = merged(prompt.keys) if self._merge == "kv" else prompt.keys
@@ -340,29 +421,53 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         known = [slot for slot in slots if slot is not None]
         last = max(known, default=-1)
         if last >= buffers.keys.shape[2]:
-            buffers = self._buffers = buffers.grown()
-        self._in_place = self._in_place and len(known) == len(slots) and min(known) == self.seen
+            self._write_positions(buffers)
+            buffers = self._buffers = buffers.grown(self._room())
+        if self._in_place:
+            self._in_place = len(known) == len(slots) and min(known) == self._seen
         if len(slots) == len(known) == 1 and buffers.scores is None:
-            # The usual case: one slot for all rows, no index tensors.
-            buffers.keys.select(2, last).copy_(keys.select(2, 0))
-            buffers.values.select(2, last).copy_(values.select(2, 0))
-            buffers.positions.select(2, last).fill_(self.seen)
-        elif len(slots) == len(known):
-            index = torch.tensor(slots, device=keys.device)[:, None]
-            self._write(buffers, keys, values, index.expand(keys.shape[0], -1))
+            # The usual case: one slot for all rows, one write a tensor, no index tensors.
+            buffers.keys.narrow(2, last, 1).copy_(keys)
+            buffers.values.narrow(2, last, 1).copy_(values)
+            self._unwritten[last] = self._seen
         else:
-            self._write(buffers, keys, values, self._slots_of_least(buffers, slots))
-        self._width = max(self._width, last + 1)
-        self.seen += 1
-        return buffers.keys[:, :, : self._width], buffers.values[:, :, : self._width]
+            self._write_positions(buffers)
+            index = torch.tensor(slots, device=keys.device) if len(slots) == len(known) else None
+            index = self._slots_of_least(buffers, slots) if index is None else index[:, None]
+            self._write(buffers, keys, values, index.expand(keys.shape[0], -1), self._seen)
+        self._width = width = max(self._width, last + 1)
+        self._seen += 1
+        return buffers.keys.narrow(2, 0, width), buffers.values.narrow(2, 0, width)
 
-    def _write(self, buffers: Buffers, keys: Tensor, values: Tensor, index: Tensor) -> None:
+    def _decode_by_schedule(self, buffers: Buffers, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One token, by tensor operations alone; the backend sees all slots, and a mask hides the empty ones."""
+        assert self._schedule is not None, "asked for by update()"
+        slots, position = self._schedule.next_slots()
+        if slots.shape[0] == 1:
+            buffers.keys.index_copy_(2, slots, keys)
+            buffers.values.index_copy_(2, slots, values)
+            buffers.positions.index_copy_(2, slots, position.expand(*buffers.positions.shape[:2], 1))
+        else:
+            self._write(buffers, keys, values, slots[:, None], position)
+        return buffers.keys.view_as(buffers.keys), buffers.values.view_as(buffers.values)
+
+    def _room(self) -> int:
+        """Slots that the next `STEPS_PER_GROWTH` steps need at most."""
+        keep = max(row.keep for row in self._rows)
+        never = any(isinstance(row, FixedPointEviction) and row.point is None for row in self._rows)
+        return STEPS_PER_GROWTH if never else math.ceil(keep * STEPS_PER_GROWTH) + 1
+
+    def _write(self, buffers: Buffers, keys: Tensor, values: Tensor, index: Tensor, position: int | Tensor) -> None:
         """Put one pair a row into the slots int64 [batch, 1 or heads]."""
         index = index[..., None]
         everywhere = index.expand(-1, keys.shape[1], -1)[..., None].expand_as(keys)
         buffers.keys.scatter_(2, everywhere, keys)
         buffers.values.scatter_(2, everywhere, values)
-        buffers.positions.scatter_(2, index.expand(-1, buffers.positions.shape[1], -1), self.seen)
+        slots = index.expand(-1, buffers.positions.shape[1], -1)
+        if isinstance(position, Tensor):
+            buffers.positions.scatter_(2, slots, position.expand_as(slots))
+        else:
+            buffers.positions.scatter_(2, slots, position)
         if buffers.scores is not None:
             buffers.scores.scatter_(2, index.expand(-1, buffers.scores.shape[1], -1), 0.0)
 
@@ -403,14 +508,20 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
+        self._stored_positions(self._buffers)
+        left = self._steps_left()
         self._buffers = self._buffers.rows(indices.to(self._buffers.keys.device))
         if len(self._rows) > 1:
             self._rows = [self._rows[row].copy() for row in indices.tolist()]
             # Without the longest rows, the slots that only they used are spare.
             self._width = max((row.stored for row in self._rows), default=0)
-            if self._buffers.keys.shape[2] - self._width > spare_slots(self._width):
-                slots = torch.arange(self._width, device=self._buffers.keys.device)
-                self._buffers = self._buffers.take(slots.expand(len(self._rows), 1, -1))
+        if left is not None or self._buffers.keys.shape[2] - self._width > STEPS_PER_GROWTH:
+            slots = torch.arange(self._width, device=self._buffers.keys.device)
+            self._rebuild(self._buffers, slots.expand(len(indices), 1, -1), left)
+
+    def _steps_left(self) -> int | None:
+        """Decode steps that the schedule still knows; None where there is no schedule."""
+        return None if self._schedule is None else self._schedule.last - self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.
@@ -430,6 +541,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
             self._clear()
             return
         positions = self._stored_positions(self._buffers)
+        left = self._steps_left()
         positions = positions.masked_fill(positions >= end, -1)
         of_heads = (positions >= 0).sum(2)
         if bool((of_heads != of_heads[:, :1]).any()):
@@ -440,8 +552,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         held = of_heads[:, 0].tolist()
         rows = self._rows if len(self._rows) == len(held) else self._rows * len(held)
         self._rows = [row.shortened(stored, -tokens_to_remove) for row, stored in zip(rows, held, strict=True)]
-        self._width, self.seen = max(held), end
-        self._buffers = self._buffers.take(_in_order(positions)[..., : self._width])
+        self._width, self._seen = max(held), end
+        left = None if left is None else left - tokens_to_remove
+        self._rebuild(self._buffers, _in_order(positions)[..., : self._width], left)
 
     # Offloading of whole layers, as `Cache.offload` and `Cache.prefetch` ask for it.
 
@@ -458,18 +571,6 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if self._buffers is not None and self._buffers.keys.device != device:
             self._buffers.keys = self._buffers.keys.to(device, non_blocking=True)
             self._buffers.values = self._buffers.values.to(device, non_blocking=True)
-
-
-def spare_slots(stored: int) -> int:
-    """Unused slots behind the stored pairs when a buffer is made: a tenth, so that growth is geometric; at least 16."""
-    return max(16, stored // 10)
-
-
-def _padded(tensor: Tensor, dim: int = 2, fill: int = -1) -> Tensor:
-    """A copy of the tensor with spare slots behind its last one."""
-    shape = list(tensor.shape)
-    shape[dim] = spare_slots(shape[dim])
-    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=dim)
 
 
 def _take(source: Tensor, index: Tensor) -> Tensor:

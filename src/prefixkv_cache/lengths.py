@@ -58,3 +58,20 @@ def pyramid_ratios(budget: float, n_layers: int, steepness: float = 20.0) -> lis
         return [budget]
     reach = min(budget - budget / steepness, 1.0 - budget)
     return [budget + reach * (1.0 - 2.0 * layer / (n_layers - 1)) for layer in range(n_layers)]
+
+
+def dithered_count(ratio: float, length: int, place: int, n_layers: int, sink: int) -> int:
+    """Pairs that a layer keeps of a prompt, rounded so that layers of one ratio keep the right number together.
+
+    `floor(ratio * length + (place + 1/2) / n_layers)`: by Hermite's identity the sum over the layers is the nearest
+    whole number to `n_layers * ratio * length`, where rounding each layer by itself would move all of them the same
+    way. More budget still never gives a layer less.
+
+    Args:
+        ratio: keep ratio.
+        length: tokens of the prompt.
+        place: of the layer among those that are pruned, from 0.
+        n_layers: how many these are.
+        sink: at least `sink + 1` pairs are kept, at most all.
+    """
+    return min(length, max(sink + 1, int(ratio * length + (place + 0.5) / n_layers)))

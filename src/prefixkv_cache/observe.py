@@ -152,6 +152,10 @@ class ObservingCache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return (hand_out(keys, self, layer_idx) if layer_idx in self.prunable else keys), values
 
+    def counts_all_queries(self, handed: HandedOut) -> bool:
+        """Whether all queries of this call will be asked for."""
+        return self._queries == "all" and handed.layer_idx not in self.importance
+
     def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask as it is; which tokens are padding is read off the first one."""
         if not self.importance:

@@ -11,6 +11,7 @@ PrefixKV, arXiv 2412.03409 (there "global prefix configuration"); its published 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -317,12 +318,20 @@ def _as_table(field: str, value: Any) -> torch.Tensor:
     return table.contiguous() + 0.0  # a copy in any case; and -0.0 becomes 0.0, so that equal values give equal bytes
 
 
+def _shown(value: object) -> str:
+    """A value in an error message: printable, in one line and not long, whatever a file may hold."""
+    text = repr(str(value) if isinstance(value, Exception) else value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
 def _check_shapes(budgets: Sequence[int], keep: Sequence[int]) -> None:
     if len(budgets) != 1 or not 1 <= budgets[0] <= MAX_BUDGETS:
-        raise ProfileError(f"budgets: has shape {list(budgets)}; expected [n_budgets], from 1 to {MAX_BUDGETS} budgets")
+        raise ProfileError(
+            f"budgets: has shape {_shown(list(budgets))}; expected [n_budgets], from 1 to {MAX_BUDGETS} budgets"
+        )
     if len(keep) != 2 or keep[0] != budgets[0] or not 1 <= keep[1] <= MAX_LAYERS:
         expected = f"[n_budgets, n_layers] with n_budgets = {budgets[0]} as in budgets, from 1 to {MAX_LAYERS} layers"
-        raise ProfileError(f"keep: has shape {list(keep)}; expected {expected}")
+        raise ProfileError(f"keep: has shape {_shown(list(keep))}; expected {expected}")
 
 
 def _check_budgets(budgets: torch.Tensor) -> None:
@@ -367,16 +376,20 @@ def _complete_metadata(given: Mapping[str, str], n_layers: int) -> dict[str, str
         raise ProfileError(f"metadata: is of type {type(given).__name__}; expected a mapping of strings to strings")
     for key, value in given.items():
         if not (_is_text(key) and _is_text(value)):
-            raise ProfileError(f"metadata: {key!r} is {value!r}; expected a mapping of strings to strings")
+            raise ProfileError(f"metadata: {_shown(key)} is {_shown(value)}; expected a mapping of strings to strings")
     own = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "n_layers": str(n_layers)}
     defaults = {**dict.fromkeys(_DESCRIPTIVE, _UNKNOWN), **own, "library_version": _library_version()}
     metadata = {**defaults, **given}
     _check_format(metadata)
     if metadata["n_layers"] != str(n_layers):
-        raise ProfileError(f"n_layers: is {metadata['n_layers']!r}; expected '{n_layers}', the layers that keep has")
+        raise ProfileError(
+            f"n_layers: is {_shown(metadata['n_layers'])}; expected '{n_layers}', the layers that keep has"
+        )
     queries = metadata["queries"]
     if queries not in ("all", _UNKNOWN) and not _NATURAL.fullmatch(queries):
-        raise ProfileError(f"queries: is {queries!r}; expected 'all', or how many of the prompt's last tokens count")
+        raise ProfileError(
+            f"queries: is {_shown(queries)}; expected 'all', or how many of the prompt's last tokens count"
+        )
     _encode_header(metadata, MAX_BUDGETS, MAX_LAYERS)  # what can be made can be saved, and what is saved can be loaded
     return metadata
 
@@ -393,14 +406,15 @@ def _check_format(metadata: Mapping[str, str]) -> None:
     """Refuse what is no profile, or one of another version. First of all checks, as it decides what the others mean."""
     found, version = metadata.get("format"), metadata.get("format_version")
     if found != FORMAT:
-        raise ProfileError(f"format: is {found!r}; expected {FORMAT!r} (is this file a profile?)")
+        raise ProfileError(f"format: is {_shown(found)}; expected {FORMAT!r} (is this file a profile?)")
     if version is None or not _NATURAL.fullmatch(version):
-        raise ProfileError(f"format_version: is {version!r}; expected '{FORMAT_VERSION}'")
+        raise ProfileError(f"format_version: is {_shown(version)}; expected '{FORMAT_VERSION}'")
     if int(version) > FORMAT_VERSION:
         newer = "the profile was written by a newer version; upgrade prefixkv-cache"
         raise ProfileError(f"format_version: is {version}; expected at most {FORMAT_VERSION}: {newer}")
 
 
+@functools.cache
 def _library_version() -> str:
     try:
         return importlib.metadata.version("prefixkv-cache")
@@ -461,14 +475,16 @@ def _parse(data: bytes) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
         tensors = dict(deserialize(data))
         header = json.loads(data[8 : 8 + length].decode())
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ProfileError(f"header: is damaged or cut short ({error}); expected a whole {SUFFIX} file") from None
+        raise ProfileError(
+            f"header: is damaged or cut short ({_shown(error)}); expected a whole {SUFFIX} file"
+        ) from None
     metadata = header.get("__metadata__") or {}
     _check_format(metadata)
     for key in _REQUIRED:
         if key not in metadata:
             raise ProfileError(f"{key}: is missing from the metadata; expected {', '.join(_REQUIRED)}")
     if set(tensors) != {"budgets", "keep"}:
-        raise ProfileError(f"tensors: are {sorted(tensors)}; expected exactly 'budgets' and 'keep'")
+        raise ProfileError(f"tensors: are {_shown(sorted(tensors))}; expected exactly 'budgets' and 'keep'")
     _check_shapes(tensors["budgets"]["shape"], tensors["keep"]["shape"])
     return _tensor("budgets", tensors["budgets"]), _tensor("keep", tensors["keep"]), metadata
 
@@ -476,7 +492,7 @@ def _parse(data: bytes) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
 def _tensor(field: str, entry: Mapping[str, Any]) -> torch.Tensor:
     """Return one tensor of a file; safetensors has checked that its shape and its bytes agree."""
     if entry["dtype"] != "F64":
-        raise ProfileError(f"{field}: has dtype {entry['dtype']}; expected F64")
+        raise ProfileError(f"{field}: has dtype {_shown(entry['dtype'])}; expected F64")
     shape = entry["shape"]
     values = struct.unpack(f"<{math.prod(shape)}d", entry["data"])
     return torch.tensor(values, dtype=torch.float64).reshape(shape)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_BLOCK, _BLOCKS_AT_ONCE = 1024, 8  # keys compared with each other, and how many such tables (4 MiB each) at a time
+_SKETCH = 32
 AVERAGES = ("sum", "visible")
 HEADS = ("mean", "max", "each")
 
@@ -35,6 +37,8 @@ class Ranking:
             (arXiv 2502.03805 goes one step further and takes the norm behind the output projection).
         diversity: share, in [0, 1], of a key's score that is its difference from the layer's mean key instead of its
             importance (after MixKV, arXiv 2510.20707).
+        novelty: exponent, 0 or more, of the factor by which a key loses what better-ranked keys say already: 1 minus
+            the largest cosine similarity of its value with one of theirs. Ours; see docs/study.md.
     """
 
     queries: int | str = 32
@@ -43,6 +47,7 @@ class Ranking:
     pooling: int = 1
     value_norm: bool = False
     diversity: float = 0.0
+    novelty: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "queries", _check_queries(self.queries))
@@ -53,11 +58,20 @@ class Ranking:
         if not isinstance(self.value_norm, bool):
             raise TypeError(f"value_norm must be True or False; got {self.value_norm!r}")
         check_fraction("diversity", self.diversity)
+        if not isinstance(self.novelty, numbers.Real) or isinstance(self.novelty, bool):
+            raise TypeError(f"novelty must be a number, 0 or more; got {self.novelty!r}")
+        if not 0.0 <= float(self.novelty) < float("inf"):
+            raise ValueError(f"novelty must be a number, 0 or more; got {self.novelty!r}")
 
     @property
     def by_head(self) -> bool:
         """Whether the importance is needed for each head by itself."""
         return self.heads != "mean" or self.pooling > 1 or self.value_norm
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether ranks that hold other heads come to other scores, though heads agree on keys."""
+        return self.heads != "each" and (self.by_head or self.diversity > 0 or self.novelty > 0)
 
 
 def rank_keys(importance: Tensor, keys: Tensor, values: Tensor, ranking: Ranking, real: Tensor | None = None) -> Tensor:
@@ -80,6 +94,8 @@ def rank_keys(importance: Tensor, keys: Tensor, values: Tensor, ranking: Ranking
     scores = join_heads(scores, ranking.heads)
     if ranking.diversity:
         scores = mix_in_diversity(scores, keys, ranking.diversity, real)
+    if ranking.novelty:
+        scores = discount_repetition(scores, values, ranking.novelty, real)
     return scores
 
 
@@ -91,9 +107,10 @@ def pool_neighbours(scores: Tensor, width: int, real: Tensor | None = None) -> T
         width: odd.
         real: bool [batch, n] or None.
     """
-    if real is not None:
-        scores = scores.masked_fill(~real[:, None], 0.0)
-    return F.max_pool1d(scores, width, stride=1, padding=width // 2)
+    if real is None:
+        return F.max_pool1d(scores, width, stride=1, padding=width // 2)
+    scores = scores.masked_fill(~real[:, None], 0.0)
+    return F.max_pool1d(scores, width, stride=1, padding=width // 2).masked_fill(~real[:, None], 0.0)
 
 
 def join_heads(scores: Tensor, how: str) -> Tensor:
@@ -117,9 +134,66 @@ def mix_in_diversity(scores: Tensor, keys: Tensor, share: float, real: Tensor | 
     direction = F.normalize(keys.float(), dim=-1)
     weight = torch.ones_like(scores[:, :1]) if real is None else real[:, None].to(scores.dtype)
     mean = (direction * weight[..., None]).sum(2, keepdim=True) / weight.sum(-1)[..., None, None].clamp_min(1.0)
-    away = 1.0 - F.cosine_similarity(direction, mean, dim=-1)
+    # Rounding takes a cosine beyond 1 where all keys are alike.
+    away = (1.0 - F.cosine_similarity(direction, mean, dim=-1)).clamp_min(0.0)
     away = join_heads(away, "mean" if scores.shape[1] == 1 else "each") * weight
     return (1.0 - share) * _to_one(scores) + share * _to_one(away)
+
+
+def discount_repetition(scores: Tensor, values: Tensor, exponent: float, real: Tensor | None = None) -> Tensor:
+    """Each score times `(1 - s) ** exponent`, s being how much the key's value repeats that of a better-ranked key.
+
+    s is the largest cosine similarity with the value of a key of higher score (ties: the lower column), at least 0. A
+    background of many like patches so keeps one of them, and what it would have taken goes to what is unlike.
+
+    Only keys of the same 1024 tokens are compared, so that the work grows with the length and not with its square; and
+    by a random sketch of the values, of 32 numbers each.
+
+    Args:
+        scores: [batch, 1 or heads, n], not negative. One row for all heads compares the values of all heads together.
+        values: [batch, heads, n, head_dim].
+        exponent: 0 or more.
+        real: bool [batch, n], False at padding. None: no padding.
+    """
+    sketch = _sketch(values.transpose(1, 2).flatten(2)[:, None] if scores.shape[1] == 1 else values)
+    if real is None:
+        return scores * (1.0 - _repetition(scores, sketch)) ** exponent
+    discounted = scores.clone()
+    # Row by row, each over its own tokens: what a row keeps must not depend on how it was padded.
+    for row, own in enumerate(real):
+        of_row = scores[row, :, own]
+        repetition = _repetition(of_row[None], sketch[row, :, own][None])[0]
+        discounted[row, :, own] = of_row * (1.0 - repetition) ** exponent
+    return discounted
+
+
+def _sketch(values: Tensor) -> Tensor:
+    """[..., size] -> unit vectors [..., at most 32] of about the same cosine similarities (Johnson-Lindenstrauss)."""
+    if values.shape[-1] > _SKETCH:
+        # The same on every device and rank.
+        source = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (values.shape[-1], _SKETCH), generator=source) * 2 - 1
+        values = values @ signs.to(values)
+    return F.normalize(values.float(), dim=-1)
+
+
+def _repetition(scores: Tensor, sketch: Tensor) -> Tensor:
+    """Largest similarity with a better-ranked key of the same block, in [0, 1]: [batch, heads, n]."""
+    batch, heads, n = scores.shape
+    width = min(n, _BLOCK)
+    padding = -n % width
+    # Padding ranks last, so it is nobody's better.
+    ranked = F.pad(scores.flatten(0, 1), (0, padding), value=-1.0).view(-1, width)
+    blocks = F.pad(sketch.flatten(0, 1), (0, 0, 0, padding)).view(len(ranked), width, -1)
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    blocks = blocks.gather(1, order[..., None].expand_as(blocks))
+    repetition = torch.empty_like(ranked)
+    for some in torch.arange(len(blocks)).split(_BLOCKS_AT_ONCE):
+        piece = blocks[some[0] : some[-1] + 1]
+        # Best first, so the better-ranked ones stand left of the diagonal.
+        repetition[some[0] : some[-1] + 1] = (piece @ piece.transpose(1, 2)).tril_(-1).amax(-1)
+    repetition = torch.empty_like(repetition).scatter_(1, order, repetition)
+    return repetition.view(batch, heads, n + padding)[..., :n].clamp(0.0, 1.0)
 
 
 def _to_one(scores: Tensor) -> Tensor:

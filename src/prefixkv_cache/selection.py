@@ -49,22 +49,23 @@ def select_keys(
         n_keys, device = scores.shape[-1], scores.device
     if n_keys is None:
         raise ValueError("select_keys needs the scores or n_keys")
-    columns = torch.arange(n_keys, device=device)
+    width = max(counts, default=0)
     if scores is None:
-        kept = torch.ones(batch, n_keys, dtype=torch.bool, device=device) if real is None else real
-        kept = kept[:, None]
+        chosen = torch.arange(n_keys, device=device).expand(batch, 1, -1)
+        chosen = chosen if real is None else torch.where(real[:, None], chosen, n_keys)
     else:
         recents = recent if isinstance(recent, Sequence) else [recent] * batch
-        limit = torch.tensor(list(counts), device=device)
-        kept = _rank(scores, real, sink, recents, protected) < limit[:, None, None]
-    # Columns that stay come first, rising; the others are all n_keys, behind them.
-    width = max(counts, default=0)
-    chosen = torch.where(kept, columns, n_keys).sort(dim=-1).values[..., :width]
+        chosen = _order(scores, real, sink, recents, protected)[..., :width]
+        if min(counts, default=0) < width:
+            limit = torch.tensor(list(counts), device=device)[:, None, None]
+            chosen = chosen.masked_fill(torch.arange(width, device=device) >= limit, n_keys)
+    # What fills shorter rows is n_keys so far, and so comes last.
+    chosen = chosen.sort(dim=-1).values[..., :width]
     return chosen.masked_fill_(chosen == n_keys, -1)
 
 
-def _rank(scores: Tensor, real: Tensor | None, sink: int, recent: Sequence[int], protected: Tensor | None) -> Tensor:
-    """int64 [batch, heads, n_keys]: 0 for the first to be kept. Protected keys lead, padding comes last."""
+def _order(scores: Tensor, real: Tensor | None, sink: int, recent: Sequence[int], protected: Tensor | None) -> Tensor:
+    """int64 [batch, heads, n_keys]: columns, the first to be kept first. Protected keys lead, padding comes last."""
     batch, _, n_keys = scores.shape
     # A key that is not a number (an overflow in the model) must not push out the ones that are.
     scores = scores.float().nan_to_num(nan=0.0, posinf=_LARGE / 10).clamp_max(_LARGE / 10)
@@ -79,7 +80,7 @@ def _rank(scores: Tensor, real: Tensor | None, sink: int, recent: Sequence[int],
     scores = torch.where((newest & real)[:, None], (_LARGE * (4.0 + order / n_keys))[:, None], scores)
     ends = real & ((order <= sink) | (order == last))
     scores = scores.masked_fill(ends[:, None], torch.inf).masked_fill(~real[:, None], -torch.inf)
-    return places(scores.argsort(dim=-1, descending=True, stable=True))
+    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def places(order: Tensor) -> Tensor:
