@@ -10,7 +10,8 @@ decided by `kept`:
   checks what was selected.
 
 Positions are columns of the padded batch as it was fed. A set of kept positions is a rising or insertion-ordered Python
-list, one for each row of each prunable layer: `kept[layer][row]`.
+list, one for each row of each prunable layer: `kept[layer][row]`; where heads keep keys of their own, one for each key
+head of each row: `kept[layer][row][head]`. The rules of other papers are in `rules.py`.
 """
 
 import copy
@@ -33,7 +34,8 @@ def open_attention(module, query, key, value, attention_mask, scaling=None, **_)
         scores = scores + attention_mask.float()
     oracle = getattr(module, "oracle", None)
     if oracle is not None and oracle.hidden.get(module.layer_idx) is not None:
-        scores = scores.masked_fill(oracle.hidden[module.layer_idx][:, None, None, :], -math.inf)
+        hidden = oracle.hidden[module.layer_idx].repeat_interleave(queries_per_key, dim=1)
+        scores = scores.masked_fill(hidden[:, :, None, :], -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if oracle is not None:
         oracle.weights[module.layer_idx] = weights
@@ -53,7 +55,7 @@ class Oracle:
         self.cache = DynamicCache(config=self.model.config)
         self.kept = kept
         self.prunable = prunable_layers(self.model)
-        self.hidden = {}  # layer -> bool [rows, keys], what this forward pass must not see
+        self.hidden = {}  # layer -> bool [rows, key heads, keys], what this forward pass must not see
         self.weights = {}  # layer -> [rows, heads, queries, keys], the attention of the last forward pass
         for module in attention_modules(self.model):
             module.oracle = self
@@ -68,10 +70,12 @@ class Oracle:
             return
         rows = len(kwargs["input_ids"])
         for layer, visible in self.kept.before(self.real(kwargs, rows, seen + fed), fed).items():
-            hidden = torch.zeros(rows, seen + fed, dtype=torch.bool)
+            heads = self.cache.layers[layer].keys.shape[1]
+            hidden = torch.zeros(rows, heads, seen + fed, dtype=torch.bool)
             for row in range(rows):
-                for position in range(seen):
-                    hidden[row, position] = position not in visible[row]
+                for head, positions in enumerate(by_head(visible[row], heads)):
+                    hidden[row, head, :seen] = True
+                    hidden[row, head, positions] = False
             self.hidden[layer] = hidden
 
     def _after(self, _, args, kwargs, output):
@@ -81,11 +85,23 @@ class Oracle:
             weights = {layer: self.weights[layer] for layer in self.prunable}
             self.kept.after(self.real(kwargs, rows, seen), fed, weights)
 
+    def replace(self, layer, row, head, position, key=None, value=None):
+        """From now on, this pair's key or value is another one."""
+        if key is not None:
+            self.cache.layers[layer].keys[row, head, position] = key
+        if value is not None:
+            self.cache.layers[layer].values[row, head, position] = value
+
     @staticmethod
     def real(kwargs, rows, seen):
         """The positions that are not padding, a list for each row."""
         mask = kwargs.get("attention_mask")
         return [[at for at in range(seen) if mask is None or mask[row, at]] for row in range(rows)]
+
+
+def by_head(positions, heads):
+    """The kept positions of one row as one list for each key head, also where all heads share one."""
+    return positions if positions and isinstance(positions[0], list) else [positions] * heads
 
 
 class Given:

@@ -79,7 +79,7 @@ def test_hidden_pairs_have_no_weight():
     module = torch.nn.Module()
     module.layer_idx = 0
     module.oracle = Oracle.__new__(Oracle)
-    module.oracle.hidden, module.oracle.weights = {0: torch.tensor([[False, True, False]])}, {}
+    module.oracle.hidden, module.oracle.weights = {0: torch.tensor([[[False, True, False]]])}, {}
     query = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # one row, two heads, one query
     key = torch.tensor([[[[1.0, 2.0], [9.0, 9.0], [3.0, 0.0]]]])  # one head of keys, used by both
     value = torch.tensor([[[[1.0, 0.0], [7.0, 7.0], [0.0, 1.0]]]])

@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 
 VERSIONS = ("4.57.6", "5.4.0", "5.17.0")
-TESTS = ("calibrate", "edges", "generation", "laws", "oracle", "profile", "threshold")
+TESTS = ("calibrate", "edges", "generation", "laws", "oracle", "profile", "static", "threshold")
 ROOT = Path(__file__).parent.parent
 ENVIRONMENTS = ROOT / ".venv-versions"
 
