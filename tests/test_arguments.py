@@ -322,6 +322,7 @@ BAD = [
     ("image_mask", [[True]], "bool"), ("image_mask", torch.ones(1, 5), "bool"),
     ("image_mask", torch.ones(5) > 0, "bool"),
     ("text_floor", 1.01, "0 to 1"), ("text_floor", "all", "0 to 1"),
+    ("max_new_tokens", 0, "at least 1"), ("max_new_tokens", 2.5, "integer"),
     ("queries", "image", "text"), ("queries", True, "text"),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import compat
 import models
 from models import PADDED
-from oracle import feed
+from oracle import Given, Oracle, feed
 from prefixkv_cache import PrefixKVCache
 from prefixkv_cache.baselines import (
     BASELINES,
@@ -31,7 +31,7 @@ from prefixkv_cache.baselines import (
     UniformCache,
 )
 from rules import Rules, pyramid, staggered_count
-from watch import CLOSE, build, follow, greedy, masked, prompt, rows_alone_are, run, talk
+from watch import CLOSE, Watch, build, follow, greedy, masked, prompt, rows_alone_are, run, talk
 
 FAMILIES = ("llava_mha", "llava_gqa", "qwen2_5_vl")
 STEPS = 41  # forward passes: the prompt and 40 tokens
@@ -327,7 +327,27 @@ def test_snapkv_crop_takes_the_last_tokens_back():
     assert (go_on(model, inputs, sequences[:, :-3], cache) - wanted).abs().max() < 1e-5
 
 
+def test_h2o_crop_leaves_true_positions():
+    """Each head has lost the same three newest; what is left is what the cache says, and law 2 goes on to hold."""
+    family, method = "llava_gqa", BY_NAME["h2o"]
+    watch, model, inputs = Watch(method.cache(family), family), build(family, "sdpa"), prompt(family, PADDED)
+    _, sequences = feed(model, inputs, models.words(3, 12), watch.cache, watch)
+    watch.cache.crop(-3)
+    del watch.kept[-1]
+    watch()
+    assert watch.cache.get_seq_length() == 61 + 11 - 3
+    again = models.next_turn(inputs, sequences[:, :-3], 9)
+    logits, _ = feed(model, again, models.words(3, 12, seed=8), watch.cache, watch)
+
+    oracle = Oracle(build(family), Given(watch.kept))
+    feed(oracle.model, inputs, models.words(3, 12), oracle.cache)
+    oracle.cache.crop(-3)
+    wanted, _ = feed(oracle.model, again, models.words(3, 12, seed=8), oracle.cache)
+    assert (logits - wanted).abs().max() < CLOSE
+
+
 def test_h2o_crop_of_what_heads_hold_differently_is_refused():
+    """Nearly no window here, so that some head has let one of the newest go."""
     *_, cache = after_twelve(BY_NAME["h2o"], "llava_gqa", recent=0.01)
     with pytest.raises(ValueError, match=r"(?s)11.*heads.*reset\(\)"):
         cache.crop(-11)
@@ -345,6 +365,16 @@ def test_heads_of_their_own_under_flex_attention(uncompiled, name):
     method, family = BY_NAME[name], "llava_gqa"
     logits, watch = run(family, "flex_attention", PADDED, method.cache(family), 4, turns=2)
     assert (logits - masked(family, PADDED, watch, 4, turns=2)).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("name", ["snapkv-evicting", "streaming", "elastic-kv"])
+def test_steps_that_are_planned_are_the_same_steps(name):
+    """With `max_new_tokens` all slots are decided at the prompt's end."""
+    method, family = BY_NAME[name], "llava_gqa"
+    logits, watch = run(family, "sdpa", PADDED, method.cache(family), 12, turns=2)
+    by_plan, planned = run(family, "sdpa", PADDED, method.cache(family, max_new_tokens=12), 12, turns=2)
+    assert planned.kept == watch.kept
+    assert (by_plan - logits).abs().max() < CLOSE
 
 
 # Single methods.
