@@ -154,3 +154,19 @@ def test_another_model_s_keys_are_refused():
     feed(models.build("llava_mha", "sdpa"), inputs, models.words(1, 3), cache)
     with pytest.raises(ValueError, match="another model"):
         forward(models.build("llava_gqa", "sdpa"), text(3), cache)
+
+
+def test_what_inference_mode_made_is_read_and_continued_outside_of_it():
+    """Torch forbids writing to such tensors; `DynamicCache` has no need to."""
+    model = models.build(FAMILY, "sdpa")
+    caches = [PrefixKVCache(budget=0.5), PrefixKVCache(budget=0.5)]
+    for cache, mode in zip(caches, (torch.inference_mode, torch.no_grad), strict=True):
+        with mode():
+            forward(model, text(40), cache)
+            forward(model, text(1, seed=1), cache)
+    for layer in range(6):
+        assert caches[0].kept_positions(layer).tolist() == caches[1].kept_positions(layer).tolist()
+    for seed in (2, 3):
+        torch.testing.assert_close(*(forward(model, text(1, seed=seed), cache) for cache in caches))
+    for layer in range(6):
+        assert caches[0].kept_positions(layer).tolist() == caches[1].kept_positions(layer).tolist()

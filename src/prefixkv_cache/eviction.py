@@ -20,11 +20,13 @@ class Eviction(Protocol):
         stored: pairs in the row.
         seen: real tokens that the row was fed so far.
         keep: keep ratio of the layer, fraction kept in [0, 1].
+        slack: pairs that may be held beyond the share.
     """
 
     stored: int
     seen: int
     keep: float
+    slack: int
 
     def next_slot(self) -> int | None:
         """Take in one more token; return the slot for its pair, or None: that of the least important pair."""

@@ -244,6 +244,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
                 torch.tensor(list(each), device=buffers.positions.device)
                 for each in (self._unwritten, self._unwritten.values())
             )
+            if _is_frozen(buffers.positions):
+                buffers.positions = buffers.positions.clone()
             buffers.positions[:, :, slots] = positions
             self._unwritten.clear()
 
@@ -417,6 +419,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
     def _decode(self, buffers: Buffers, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token: its pair goes to the slot of the pair that leaves, or to the first unused one."""
+        if _is_frozen(buffers.keys):
+            self._write_positions(buffers)
+            buffers = self._buffers = buffers.grown(0)
         slots = [row.next_slot() for row in self._rows]
         known = [slot for slot in slots if slot is not None]
         last = max(known, default=-1)
@@ -455,7 +460,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         """Slots that the next `STEPS_PER_GROWTH` steps need at most."""
         keep = max(row.keep for row in self._rows)
         never = any(isinstance(row, FixedPointEviction) and row.point is None for row in self._rows)
-        return STEPS_PER_GROWTH if never else math.ceil(keep * STEPS_PER_GROWTH) + 1
+        slack = max(row.slack for row in self._rows)
+        return STEPS_PER_GROWTH if never else min(STEPS_PER_GROWTH, math.ceil(keep * STEPS_PER_GROWTH) + 1 + slack)
 
     def _write(self, buffers: Buffers, keys: Tensor, values: Tensor, index: Tensor, position: int | Tensor) -> None:
         """Put one pair a row into the slots int64 [batch, 1 or heads]."""
@@ -571,6 +577,11 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if self._buffers is not None and self._buffers.keys.device != device:
             self._buffers.keys = self._buffers.keys.to(device, non_blocking=True)
             self._buffers.values = self._buffers.values.to(device, non_blocking=True)
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Whether the tensor was made in inference mode, which has been left since: it cannot be written to."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _take(source: Tensor, index: Tensor) -> Tensor:
