@@ -11,9 +11,9 @@ and the largest cache since the last line.
 Minutes are of processor time, so that what else the machine does changes only how long it takes. Before each look the C
 allocator is asked to give back what is free (glibc), or its fragments would be most of what is seen.
 
-After a warm-up (the first quarter) a line is fitted to the numbers. The exit status is 1 if resident memory rises by more
-than `--bound` MiB an hour; one small Python object left behind by each layer and step would be hundreds. Writes a CSV, a
-PNG and a JSON, never over older ones.
+After a warm-up (the first quarter) a line is fitted to the numbers. The exit status is 1 if resident memory rises by
+more than `--bound` MiB an hour; one small Python object left behind by each layer and step would be hundreds. Writes a
+CSV, a PNG and a JSON, never over older ones.
 """
 
 from __future__ import annotations
