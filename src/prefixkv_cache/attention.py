@@ -157,7 +157,7 @@ class _Door:
     def __init__(self) -> None:
         # Re-entrant, since the garbage collector may run `_release` in the thread that holds it.
         self._lock = threading.RLock()
-        self._holders = 0
+        self._holders: set[int] = set()  # ids of the caches
         self._wrapper: Callable | None = None
         self._inherited = False
         self._original: Callable | None = None
@@ -165,25 +165,30 @@ class _Door:
     def hold(self, cache: object) -> None:
         """Keep the door open until `cache` is gone."""
         with self._lock:
-            self._holders += 1
+            # First of all, so that wherever Ctrl-C comes the cache's end closes what was opened for it.
+            weakref.finalize(cache, self._release, id(cache)).atexit = False
+            self._holders.add(id(cache))
             if self._wrapper is None:
-                original = getattr(AttentionInterface, DOOR_METHOD)
                 self._inherited = DOOR_METHOD not in AttentionInterface.__dict__
+                original = getattr(AttentionInterface, DOOR_METHOD)
                 self._original, self._wrapper = original, _wrap(original)
+            # Somebody who wrapped our wrapper in turn keeps it inside theirs: there it lets everything pass while no
+            # cache is alive, and serves again for the next one.
+            if getattr(AttentionInterface, DOOR_METHOD) is self._original:
                 setattr(AttentionInterface, DOOR_METHOD, self._wrapper)
-            finalizer = weakref.finalize(cache, self._release)
-            finalizer.atexit = False
 
-    def _release(self) -> None:
+    def _release(self, holder: int) -> None:
         with self._lock:
-            self._holders -= 1
-            # Somebody who wrapped our wrapper in turn keeps it inside theirs: there it lets everything pass, and serves
-            # again for the next cache.
-            if self._holders or AttentionInterface.__dict__.get(DOOR_METHOD) is not self._wrapper:
+            self._holders.discard(holder)
+            newest: HandedOut | None = getattr(_this_thread, "newest", None)
+            if newest is not None and newest.cache() is None:  # its keys never came to an attention call
+                _this_thread.newest = None
+            installed = getattr(AttentionInterface, DOOR_METHOD)
+            if self._holders or installed not in (self._wrapper, self._original):
                 return
-            if self._inherited:
+            if installed is self._wrapper and self._inherited:
                 delattr(AttentionInterface, DOOR_METHOD)
-            else:
+            elif installed is self._wrapper:
                 setattr(AttentionInterface, DOOR_METHOD, self._original)
             self._original = self._wrapper = None
 

@@ -92,7 +92,7 @@ def attention_importance(
             piece_of_keys = piece_of_keys.float()
         for span in steps:
             # Under the plain causal mask nobody in this span sees the keys behind its last query.
-            seen = n_keys if causal_end is None else min(n_keys, int(causal_end[span].max()))
+            seen = n_keys if causal_end is None else min(n_keys, int(causal_end[..., span].max()))
             scores = _scores(query[rows, :, span], piece_of_keys[:, :, :seen], heads, group, factor, max_bytes)
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)

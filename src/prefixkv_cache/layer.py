@@ -466,9 +466,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     def _write(self, buffers: Buffers, keys: Tensor, values: Tensor, index: Tensor, position: int | Tensor) -> None:
         """Put one pair a row into the slots int64 [batch, 1 or heads]."""
         index = index[..., None]
-        everywhere = index.expand(-1, keys.shape[1], -1)[..., None].expand_as(keys)
-        buffers.keys.scatter_(2, everywhere, keys)
-        buffers.values.scatter_(2, everywhere, values)
+        everywhere = index.expand(-1, keys.shape[1], -1)[..., None]
+        buffers.keys.scatter_(2, everywhere.expand_as(keys), keys)
+        buffers.values.scatter_(2, everywhere.expand_as(values), values)  # of another size in latent attention
         slots = index.expand(-1, buffers.positions.shape[1], -1)
         if isinstance(position, Tensor):
             buffers.positions.scatter_(2, slots, position.expand_as(slots))
