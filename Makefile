@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Two processes of one thread: on tiny models a second thread mostly waits for the first.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The same laws with older releases of transformers; the newest is tested by `make test`. Takes minutes for each.
 test-versions:
