@@ -23,7 +23,7 @@ test-versions:
 	$(PYTHON) tests/versions.py
 
 # Every method through the whole evaluation, in small, in half a minute; tests/test_evaluate.py runs the same line.
-STUDY_SMOKE := --model models/scene-llava --data scenes --samples 2 --budgets 0.1,0.5 --kinds object,colour,size --methods prefixkv,online,elastic,h2o,streaming,snapkv,pyramid,uniform,random
+STUDY_SMOKE := --model models/scene-llava --data scenes --samples 2 --budgets 0.1,0.5 --kinds object,colour,size --methods prefixkv,online,paper,elastic,h2o,streaming,snapkv,pyramid,uniform,random
 
 study-smoke: install
 	rm -rf out/study-smoke

@@ -31,11 +31,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from prefixkv_cache.calibrate import DEFAULT_BUDGETS
+from prefixkv_cache.calibrated_for import DEFAULT, plain_ranking, write_ranking
 from prefixkv_cache.observe import observe
+from prefixkv_cache.scoring import Ranking
 from prefixkv_cache.threshold import search_lengths
 
 RESULTS = Path(__file__).resolve().parent / "results"
-QUERIES = (32, "all")
+RANKINGS = {"plain, 32": plain_ranking(32), "plain, all": plain_ranking("all"), "default": DEFAULT}
 IMAGE, IMAGE_TOKENS, VOCABULARY = 9, 576, 1000
 
 
@@ -76,10 +78,10 @@ def plain_forward(model: Any, sample: dict[str, torch.Tensor]) -> None:
         model(**sample, use_cache=False, logits_to_keep=1)
 
 
-def calibrate_sample(model: Any, sample: dict[str, torch.Tensor], queries: int | str) -> None:
+def calibrate_sample(model: Any, sample: dict[str, torch.Tensor], ranking: Ranking) -> None:
     """What `calibrate` does with one sample."""
-    for importance in observe(model, sample, queries=queries):
-        search_lengths(importance, DEFAULT_BUDGETS)
+    for scores in observe(model, sample, ranking=ranking):
+        search_lengths(scores, DEFAULT_BUDGETS)
 
 
 def check(model: Any, sample: dict[str, torch.Tensor]) -> float:
@@ -89,10 +91,10 @@ def check(model: Any, sample: dict[str, torch.Tensor]) -> float:
         weights = model(**sample, output_attentions=True, logits_to_keep=1).attentions
     model.set_attn_implementation("sdpa")
     worst = 0.0
-    for queries in QUERIES:
+    for queries in (32, "all"):
         first = 0 if queries == "all" else -int(queries)
         expected = torch.stack([layer[0, :, first:].double().sum(1).mean(0).cpu() for layer in weights])
-        (importance,) = observe(model, sample, queries=queries)
+        (importance,) = observe(model, sample, ranking=plain_ranking(queries))
         worst = max(worst, float((importance - expected).abs().max() / expected.max()))
     return worst
 
@@ -129,8 +131,8 @@ def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
 def measure(model: Any, length: int, repeats: int) -> list[dict[str, Any]]:
     sample = make_sample(length, model)
     calls: dict[str, Callable[[], None]] = {"plain": lambda: plain_forward(model, sample)}
-    for queries in QUERIES:
-        calls[str(queries)] = lambda queries=queries: calibrate_sample(model, sample, queries)
+    for name, ranking in RANKINGS.items():
+        calls[name] = lambda ranking=ranking: calibrate_sample(model, sample, ranking)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -138,20 +140,18 @@ def measure(model: Any, length: int, repeats: int) -> list[dict[str, Any]]:
         for name, call in calls.items():
             times[name].append(seconds(call))
     memory = {name: peak_bytes(call, model.device) for name, call in calls.items()}
-    return [_row(length, queries, times, memory) for queries in QUERIES]
+    return [_row(length, name, times, memory) for name in RANKINGS]
 
 
-def _row(
-    length: int, queries: int | str, times: dict[str, list[tuple[float, float]]], memory: dict[str, int]
-) -> dict[str, Any]:
-    name = str(queries)
+def _row(length: int, name: str, times: dict[str, list[tuple[float, float]]], memory: dict[str, int]) -> dict[str, Any]:
     (plain, plain_processor), (ours, our_processor) = (
         [statistics.median(each) for each in zip(*times[of], strict=True)] for of in ("plain", name)
     )
     ratios = sorted(one[0] / other[0] for one, other in zip(times[name], times["plain"], strict=True))
     return {
         "tokens": length,
-        "queries": queries,
+        "queries": RANKINGS[name].queries,
+        "ranking": write_ranking(RANKINGS[name]),
         "plain_seconds": round(plain, 4),
         "calibrate_seconds": round(ours, 4),
         "time_ratio": round(ours / plain, 3),
@@ -211,7 +211,8 @@ def main() -> None:
             row["attention_share"] = round(attention_share(arguments.hidden, length), 3)
             rows.append(row)
             print(
-                f"{length:>6} tokens, queries {row['queries']!s:>3}: {row['time_ratio']:.2f} x the forward's time "
+                f"{length:>6} tokens, queries {row['queries']!s:>3}, {row['ranking']}: "
+                f"{row['time_ratio']:.2f} x the forward's time "
                 f"({row['time_ratio_range'][0]:.2f} to {row['time_ratio_range'][1]:.2f}; processor time "
                 f"{row['processor_time_ratio']:.2f} x), "
                 f"{row['memory_ratio']:.2f} x its memory; attention is "

@@ -170,6 +170,7 @@ def main() -> None:
     arguments = made.parse_args()
     small = arguments.small
     arguments.budget, arguments.budgets, arguments.memory = 0.5, [1.0, BUDGET], False
+    arguments.variants = ("default", "window", "all", "search")
     rows: list[dict[str, Any]] = []
     for heads, kv_heads, tokens in ((32, 32, 4096), (28, 4, 4096), (32, 32, 16384)):
         rows.append(kernel(arguments, 1, heads, kv_heads, 256 if small else tokens, 128))

@@ -1,13 +1,15 @@
 """The peak of the KV memory, from the prompt's first layer to the last token, against what the budget promises.
 
     python benchmarks/memory.py [--geometry quarter] [--lengths 1024,4096] [--new-tokens 128] [--budgets 1,0.5,0.2]
+    python benchmarks/memory.py --ranking-only --geometry llava-1.5-7b --dtype bfloat16
 
 Counted are the bytes of all key and value tensors that stand at one time: whenever a layer is updated, and in the
 middle of a prune or of growing, where the old and the new tensors of a layer stand side by side. With a profile, the
 promise is budget x full + one layer, *full* being what `DynamicCache` holds at that moment (in the end, where
 `max_new_tokens` allocates for all tokens at once) and *one layer* its part for one layer; the goal is at most 1 % more,
 at every moment. The search on the prompt needs the whole prompt cache, once.
-The peak of all tensors of the prompt phase, by torch's own count, is measured beside.
+The peak of all tensors of the prompt phase, by torch's own count, is measured beside; and what ranking the keys of one
+layer allocates on the way, for each candidate, over the layer's own keys and values. The goal is less than 1.
 """
 
 from __future__ import annotations
@@ -21,8 +23,19 @@ from measure import numbers, parser, peak_bytes, store
 from transformers import DynamicCache
 
 from prefixkv_cache import PrefixKVCache
+from prefixkv_cache.scoring import Ranking, rank_keys
 
-GOAL = 1.01
+GOAL, RANKING_GOAL = 1.01, 1.0
+RANKINGS = {
+    "default": Ranking(diversity=0.5, novelty=8.0),
+    "diversity": Ranking(diversity=0.5),
+    "novelty": Ranking(novelty=8.0),
+    "max": Ranking(heads="max"),
+    "each": Ranking(heads="each"),
+    "each, default": Ranking(heads="each", diversity=0.5, novelty=8.0),
+    "pooling": Ranking(pooling=7),
+    "value_norm": Ranking(value_norm=True),
+}
 
 
 class Watch:
@@ -103,13 +116,41 @@ def prompt_peaks(model: Any, arguments: Any, tokens: int) -> dict[str, Any]:
     return row
 
 
+def ranking_peaks(arguments: Any, tokens: int) -> list[dict[str, Any]]:
+    """What ranking allocates at its peak, importance given, over the keys and values of the layer."""
+    geometry, dtype = GEOMETRIES[arguments.geometry], getattr(torch, arguments.dtype)
+    # As projections leave them: one token's heads side by side.
+    shape = (arguments.batch, tokens, geometry.kv_heads, geometry.head_dim)
+    keys, values = (torch.randn(shape, device=arguments.device).to(dtype).transpose(1, 2) for _ in range(2))
+    rows = []
+    for name, ranking in RANKINGS.items():
+        heads = geometry.kv_heads if ranking.by_head else 1
+        importance = torch.rand(arguments.batch, heads, tokens, device=arguments.device)
+        peak = peak_bytes(
+            lambda ranking=ranking, importance=importance: rank_keys(importance, keys, values, ranking), keys.device
+        )
+        share = peak / (arguments.batch * tokens * geometry.pair_bytes(dtype))
+        row = {"tokens": tokens, "batch": arguments.batch, "ranking": name, "goal": RANKING_GOAL}
+        rows.append(row | {"ranking_mib": round(peak / 2**20, 2), "of_layer": round(share, 3)})
+        told = "met" if share < RANKING_GOAL else "MISSED"
+        print(
+            f"{tokens:>6} tokens, ranking by {name}: {share:.3f} of the layer   goal {RANKING_GOAL}: {told}", flush=True
+        )
+    return rows
+
+
 def main() -> None:
     made = parser(__doc__, geometry="quarter", dtype="float32", layers=None)
     made.add_argument("--lengths", type=numbers, default=[1024, 4096])
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--budgets", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 0.5, 0.2])
     made.add_argument("--new-tokens", type=int, default=128)
+    made.add_argument("--ranking-only", action="store_true", help="nothing but what ranking allocates; runs no model")
     arguments = made.parse_args()
+    ranking = [row for tokens in arguments.lengths for row in ranking_peaks(arguments, tokens)]
+    if arguments.ranking_only:
+        store("memory-ranking", arguments, ranking)
+        return
     model = checked_model(arguments)
     rows = [
         measure(model, arguments, tokens, budget, planned)
@@ -118,7 +159,7 @@ def main() -> None:
         for planned in (False, True)
     ]
     rows += [prompt_peaks(model, arguments, tokens) for tokens in arguments.lengths]
-    store("memory", arguments, rows)
+    store("memory", arguments, rows + ranking)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 kvpress (PyPI) needs transformers before 5.3, so the script makes an environment for it, in the user's cache folder or
 under `--environment`, with CPU torch, and starts itself again there. This library runs from its source in that same
 environment, so both see the same torch and the same transformers. Compared are kvpress' SnapKVPress (a window of last
-queries, as our default has), KnormPress (no queries at all: the least a press can do) and ObservedAttentionPress (all
-queries, from eager weights, as it needs them) with our default window and with all queries; ours with a profile. Time
+queries), KnormPress (no queries at all: the least a press can do) and ObservedAttentionPress (all queries, from eager
+weights, as it needs them) with ours: importance alone, of a window of 32 queries and of all, and the papers' decode
+rule; and our default, which also looks at keys and values and lets answers grow by its slack. Ours with a profile. Time
 of the prompt phase, time of a decode step, bytes of the KV tensors behind the prompt, and the peak of all tensors in
 the prompt phase.
 """
@@ -104,10 +105,9 @@ def measure(model: Any, arguments: Any, kvpress: Any, tokens: int, budget: float
 
     made = {
         "full": lambda: pressed(None),
-        "ours": lambda: prefilled(model, ids, PrefixKVCache(profile, budget, config=config)),
-        "ours, all queries": lambda: prefilled(
-            model, ids, PrefixKVCache(profile, budget, config=config, queries="all")
-        ),
+        "ours": lambda: prefilled(model, ids, PrefixKVCache.paper(profile, budget, config=config, queries=32)),
+        "ours, default": lambda: prefilled(model, ids, PrefixKVCache(profile, budget, config=config)),
+        "ours, all queries": lambda: prefilled(model, ids, PrefixKVCache.paper(profile, budget, config=config)),
         "kvpress SnapKV": lambda: pressed(kvpress.SnapKVPress(compression_ratio=dropped, window_size=32)),
         "kvpress Knorm": lambda: pressed(kvpress.KnormPress(compression_ratio=dropped)),
     }

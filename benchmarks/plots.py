@@ -104,7 +104,7 @@ def main() -> None:
         ]
         draw("Decoding", result, panels, arguments.out / "bench-decode.png")
     if result := newest(arguments.results, "prefill"):
-        names = {"window": "32 queries", "all": "all queries", "search": "search on the prompt"}
+        names = {"window": "32 queries", "all": "all queries", "search": "search on the prompt", "default": "default"}
         panels = [("time of the prompt phase / DynamicCache", lambda row: True, lambda row: names[row["variant"]])]
         draw("Prompt phase", result, panels, arguments.out / "bench-prefill.png")
     if result := newest(arguments.results, "memory"):

@@ -104,7 +104,7 @@ class Cycles:
         profile = self.random.choice([None, self.profile])
         return PrefixKVCache(
             profile, self.random.uniform(0.1, 1), queries=self.random.choice([8, 32, "all"]),
-            distance=self.random.choice([None, 5, 25]),
+            distance=self.random.choice([None, 1, 5, 25]), slack=self.random.choice([0, 64]),
         )  # fmt: skip
 
     def _prompt(self) -> dict[str, torch.Tensor]:

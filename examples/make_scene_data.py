@@ -1,6 +1,7 @@
-"""Write drawn scenes as files: pictures and a JSON in the conversation layout of LLaVA, for `prefixkv calibrate`.
+"""Write drawn scenes or boards as files: pictures and a JSON in LLaVA's conversation layout, for `prefixkv calibrate`.
 
-    python examples/make_scene_data.py --out out/scenes --count 200
+    python examples/make_scene_data.py --out out/scenes --count 400
+    python examples/make_scene_data.py --task boards --out out/boards --count 400
 
 Even records ask for a description, odd ones a short question. The same arguments give the same files.
 """
@@ -11,42 +12,49 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from prefixkv_cache.demo import scenes
+from prefixkv_cache.demo import boards, scenes
 
-SPLITS = {"train": scenes.TRAIN_SEEDS, "validation": scenes.VALIDATION_SEEDS, "test": scenes.TEST_SEEDS}
+TASKS: dict[str, tuple[Any, Any]] = {"scenes": (scenes, scenes.draw_scene), "boards": (boards, boards.draw_board)}
 
 
-def record(seed: int, number: int, name: str) -> tuple[scenes.Scene, dict]:
-    """The scene of this seed and one conversation about it."""
-    scene = scenes.draw_scene(seed)
+def splits(source: Any) -> dict[str, range]:
+    return {"train": source.TRAIN_SEEDS, "validation": source.VALIDATION_SEEDS, "test": source.TEST_SEEDS}
+
+
+def record(task: str, seed: int, number: int, name: str) -> tuple[Any, dict]:
+    """The scene or board of this seed and one conversation about it."""
+    source, draw = TASKS[task]
+    drawn = draw(seed)
     if number % 2 == 0:
-        prompt, reference = scenes.DESCRIBE_PROMPTS[number // 2 % len(scenes.DESCRIBE_PROMPTS)], scenes.describe(scene)
+        prompt, reference = source.DESCRIBE_PROMPTS[number // 2 % len(source.DESCRIBE_PROMPTS)], source.describe(drawn)
     else:
-        asked = scenes.questions(scene, seed)
+        asked = source.questions(drawn, seed)
         question = asked[number // 2 % len(asked)]
         prompt, reference = question.text, question.answer
     turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": reference}]
-    return scene, {"id": str(seed), "image": name, "conversations": turns}
+    return drawn, {"id": str(seed), "image": name, "conversations": turns}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and scenes.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the JSON")
+    parser.add_argument("--task", choices=TASKS, default="scenes", help="what is drawn; the JSON is named so")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--split", choices=SPLITS, default="validation")
+    parser.add_argument("--split", choices=splits(scenes), default="validation")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     records = []
     for number in range(arguments.count):
-        seed = SPLITS[arguments.split][number]
-        scene, entry = record(seed, number, f"{seed}.png")
-        scene.image.save(arguments.out / entry["image"])
+        seed = splits(TASKS[arguments.task][0])[arguments.split][number]
+        drawn, entry = record(arguments.task, seed, number, f"{seed}.png")
+        drawn.image.save(arguments.out / entry["image"])
         records.append(entry)
-    temporary = arguments.out / ".scenes.json.tmp"
+    temporary = arguments.out / f".{arguments.task}.json.tmp"
     temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    os.replace(temporary, arguments.out / "scenes.json")
-    print(f"{arguments.count} scenes of the {arguments.split} split in {arguments.out}")
+    os.replace(temporary, arguments.out / f"{arguments.task}.json")
+    print(f"{arguments.count} {arguments.task} of the {arguments.split} split in {arguments.out}")
 
 
 if __name__ == "__main__":

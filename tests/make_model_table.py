@@ -29,6 +29,8 @@ import zoo_inputs
 from oracle import _Forced
 from prefixkv_cache import PrefixKVCache, PrefixProfile
 from prefixkv_cache.layer import PrunedLayer
+from prefixkv_cache.scoring import Ranking
+from rules import PLAIN
 
 BACKENDS = ("eager", "sdpa")
 LENGTHS = (37, 29)  # of the rows; the shorter is padded on the left
@@ -247,7 +249,12 @@ def law_2(case, make_cache):
     share = kept / (int(case.inputs["attention_mask"].sum()) * len(log[0]))
     if abs(share - BUDGET) > 0.05:
         return f"kept {share:.2f} of the prompt, not {BUDGET}"
-    return selection(case.inputs["attention_mask"], log[0], weights)
+    return selection(case.inputs["attention_mask"], log[0], weights) if by_attention(cache) else None
+
+
+def by_attention(cache):
+    """Whether nothing but attention ranks the keys of this cache."""
+    return cache.ranking == Ranking(QUERIES)
 
 
 def selection(mask, kept, weights):
@@ -291,11 +298,19 @@ def measure(model_type):
     finding.remarks.append("image and text" if model_type in zoo_inputs.IMAGES else "text")
     n_pruned = len(layers) - len(whole)
     uniform = PrefixProfile([BUDGET, 1.0], [[BUDGET] * n_pruned, [1.0] * n_pruned], {})
-    with_config = partial(PrefixKVCache, config=config, queries=QUERIES)
+    attention_alone = {**PLAIN, "queries": QUERIES}
+    with_config = partial(PrefixKVCache, config=config, **attention_alone)
     makers = {
         "search": lambda budget: with_config(budget=budget),
         "profile": lambda budget: with_config(uniform, budget=budget),
-        "no config": lambda budget: PrefixKVCache(budget=budget, queries=QUERIES),
+        "no config": lambda budget: PrefixKVCache(budget=budget, **attention_alone),
+        "default": lambda budget: PrefixKVCache(budget=budget, config=config),
+    }
+    by_case = {
+        "eager, batch of 1": ["search", "profile", "no config"],
+        "eager, batch of 2": ["search", "default"],
+        "sdpa, batch of 1": ["search", "profile", "no config"],
+        "sdpa, batch of 2": ["search", "profile"],
     }
 
     problems, notes, ran = [], [], 0
@@ -307,10 +322,10 @@ def measure(model_type):
                 return refused(model, model_type, "at the first forward", error)
             problems.append(f"{one_line(error)} ({where})")
             continue
-        names = {"eager, batch of 2": ["search"], "sdpa, batch of 2": ["search", "profile"]}.get(where, list(makers))
-        for name in names:
+        for name in by_case[where]:
             try:
-                told = law_1(case, makers[name]) or law_2(case, makers[name])
+                # With budget 1 nothing is ranked, by whatever rule.
+                told = (name != "default" and law_1(case, makers[name])) or law_2(case, makers[name])
                 ran += 1
             except Exception as error:  # nothing may be raised, but that the config is wanted
                 told = one_line(error)
@@ -350,7 +365,7 @@ def refused(model, model_type, when, error):
     """Refused, unless a cache that was told nothing lets the model run, and run wrong."""
     for case, where in cases(model, model_type, []) if model is not None else ():
         try:
-            told = law_2(case, lambda budget: PrefixKVCache(budget=budget, queries=QUERIES))
+            told = law_2(case, lambda budget: PrefixKVCache(budget=budget, **{**PLAIN, "queries": QUERIES}))
         except Exception:  # any error will do: nothing goes wrong unseen
             continue
         if told:

@@ -16,13 +16,17 @@ import torch
 
 from oracle import by_head, prompt_count, search
 
+PLAIN = {"queries": 32, "distance": 25, "slack": 0, "novelty": 0.0, "diversity": 0.0}
+"""What `Rules` goes by where nothing else is said, as arguments of a cache, whose default is another."""
+
 
 @dataclass
 class Rules:
-    """One method. The fields are named as the arguments of `PrefixKVCache`; `keep` is what a profile says."""
+    """One method. The fields are named as the arguments of `PrefixKVCache`; `keep` is what a profile says: keep ratios,
+    or a function of the budget that gives them."""
 
     budget: float = 0.5
-    keep: list | None = None
+    keep: object = None
     queries: object = 32
     average: str = "sum"
     heads: str = "mean"
@@ -32,6 +36,8 @@ class Rules:
     novelty: float = 0.0
     lengths: str = "search"
     floor: float = 0.0
+    cap: float | None = None
+    temperature: float = 0.0
     sink: int = 1
     recent: float = 1
     evict: str = "fixed-point"
@@ -118,8 +124,12 @@ class Rules:
             return new
         if self.queries == "text":
             text = [position for position in new if position not in self.image[row]]
-            behind = [position for position in text if any(each in new and each < position for each in self.image[row])]
-            return behind or text
+            image = [position for position in new if position in self.image[row]]
+            if not image:
+                return text
+            behind = [position for position in text if position > min(image)]
+            ends_in_image = max(new) in image
+            return [position for position in new if position in behind or (ends_in_image and position in new[-32:])]
         return new[-self.queries :]
 
     def _scores(self, layer, new, row, weights, first_new):
@@ -155,13 +165,13 @@ class Rules:
         return scores
 
     def _ratios(self, n_layers):
-        if self.keep is not None:
-            ratios = self.keep
-        elif self.lengths == "pyramid":
-            ratios = pyramid(self.budget, n_layers)
-        else:
-            ratios = [self.budget] * n_layers
-        return [self.floor * self.budget + (1 - self.floor) * ratio for ratio in ratios]
+        def source(budget):
+            if self.keep is not None:
+                return self.keep(budget) if callable(self.keep) else self.keep
+            return pyramid(budget, n_layers) if self.lengths == "pyramid" else [budget] * n_layers
+
+        ratios = clipped(source, self.budget, self.floor, self.cap)
+        return [self.temperature * self.budget + (1 - self.temperature) * ratio for ratio in ratios]
 
     def _counts(self, n, ratios, sink):
         if self.lengths == "search":
@@ -190,7 +200,11 @@ class Rules:
                 counts = self._counts(n, ratios, 0)
             elif self.keep is None and self.lengths == "search":
                 means = [[sum(each) / len(each) for each in zip(*scores[layer][row], strict=True)] for layer in layers]
-                counts = share_out(search(means, self.budget, sink), self.floor)
+                if self.floor or self.cap is not None:
+                    counts = search_between(means, self.budget, self.floor, self.cap, sink)
+                else:
+                    counts = search(means, self.budget, sink)
+                counts = share_out(counts, self.temperature)
                 ratios = [count / n for count in counts]
             else:
                 ratios = self._ratios(len(layers))
@@ -356,10 +370,78 @@ def staggered_count(n, ratio, place, n_layers, sink=1):
     return min(n, max(sink + 1, math.floor(n * ratio + (2 * place + 1) / (2 * n_layers))))
 
 
-def share_out(counts, floor):
+def clipped(source, budget, floor, cap):
+    """The source's ratios at the smallest budget at which, clipped, they add up to what this budget allows."""
+    if floor == 0 and cap is None:
+        return source(budget)
+    low, high = floor * budget, 1 if cap is None else min(1, cap * budget)
+
+    def at(place):
+        return [min(high, max(low, ratio)) for ratio in source(place)]
+
+    place, step = 1.0, 0.5
+    while step > 1e-16:
+        if sum(at(place - step)) >= budget * len(at(place)) - 1e-13:
+            place -= step
+        step /= 2
+    return at(place)
+
+
+def search_between(importances, budget, floor, cap, sink=1):
+    """The search on one prompt, with a floor and a cap in whole pairs: for each total from the least to the largest the
+    lengths there, none of which ever falls, and of these the last that fit. Pairs still free: as the search goes."""
+    n_layers, n_keys = len(importances), len(importances[0])
+    least = min(sink + 1, n_keys)
+    target = max(round(budget * n_layers * n_keys), n_layers * least)
+    floor, cap = Fraction(floor), Fraction(n_keys if cap is None else cap)
+    path = one_by_one(importances, least)
+    searched, read, fitting = [least] * n_layers, 0, None
+    for total in range(n_layers * least, n_layers * n_keys + 1):
+        low, high = (min(n_keys, max(least, each * total / n_layers)) for each in (floor, cap))
+
+        def clip(counts, low=low, high=high):
+            return [min(high, max(low, count)) for count in counts]
+
+        while read < len(path):
+            more = [count + (layer == path[read]) for layer, count in enumerate(searched)]
+            if sum(clip(more)) > total:
+                break
+            searched, read = more, read + 1
+        nearest = [math.floor(each + Fraction(1, 2)) for each in (low, high)]
+        lengths = clip(searched, *nearest)
+        if sum(lengths) > target:
+            break
+        fitting = lengths
+    place = [least] * n_layers
+    for layer in path:
+        if sum(fitting) < target and fitting[layer] <= place[layer] < lengths[layer]:
+            fitting[layer] += 1
+        place[layer] += 1
+    return fitting
+
+
+def one_by_one(importances, least):
+    """The order in which the search gives pairs to layers: always to the layer that has reached least mass so far."""
+    falling = []
+    for received in importances:
+        total = math.fsum(received)
+        falling.append(sorted((each / total if total else 1 / len(received) for each in received), reverse=True))
+    counts, order = [least] * len(falling), []
+    while open_layers := [layer for layer, masses in enumerate(falling) if counts[layer] < len(masses)]:
+
+        def standing(layer):
+            masses, count = falling[layer], counts[layer]
+            return sum(masses[:count]), -masses[count], count, layer
+
+        order.append(min(open_layers, key=standing))
+        counts[order[-1]] += 1
+    return order
+
+
+def share_out(counts, temperature):
     """A share of each count is handed out equally; largest remainders are rounded up (ties: the lower layer)."""
-    floor, total = Fraction(floor), sum(counts)
-    shares = [floor * total / len(counts) + (1 - floor) * count for count in counts]
+    temperature, total = Fraction(temperature), sum(counts)
+    shares = [temperature * total / len(counts) + (1 - temperature) * count for count in counts]
     whole = [math.floor(share) for share in shares]
     for layer in sorted(range(len(counts)), key=lambda layer: (whole[layer] - shares[layer], layer)):
         if sum(whole) < total:

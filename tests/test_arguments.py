@@ -18,7 +18,7 @@ import models
 from models import IMAGE, PADDED
 from oracle import feed, prompt_count
 from prefixkv_cache import PrefixKVCache, PrefixProfile
-from rules import Rules, staggered_count
+from rules import PLAIN, Rules, staggered_count
 from watch import CLOSE, build, follow, greedy, prompt, rows_alone_are, run
 
 FAMILIES = ("llava_gqa", "qwen2_5_vl")
@@ -36,7 +36,10 @@ def a_profile(n_layers):
 
 @dataclass(frozen=True)
 class Choice:
-    """Some arguments. with_profile: the lengths come from a profile; with_image: the cache is told where it is."""
+    """Some arguments, on top of `PLAIN`.
+
+    with_profile: the lengths come from a profile; with_image: the cache is told where the image is.
+    """
 
     options: dict = field(hash=False)
     with_profile: bool = False
@@ -49,11 +52,12 @@ class Choice:
     def cache(self, family, budget=BUDGET, row=None, **more):
         profile = a_profile(len(layers(family))) if self.with_profile else None
         image = images(family, row) if self.with_image else None
-        options = {**self.options, "image_mask": image, **more}
+        options = {**PLAIN, **self.options, "image_mask": image, **more}
         return PrefixKVCache(profile, budget, config=models.weights(family).config, **options)
 
     def by_rules(self, family, budget=BUDGET):
-        keep = a_profile(len(layers(family))).keep_ratios(budget).tolist() if self.with_profile else None
+        profile = a_profile(len(layers(family)))
+        keep = (lambda at: profile.keep_ratios(at).tolist()) if self.with_profile else None
         image = [row.nonzero().flatten().tolist() for row in images(family)] if self.with_image else None
         return Rules(budget=budget, keep=keep, image=image, **self.options)
 
@@ -66,9 +70,10 @@ def images(family, row=None):
     return prompt(family, PADDED, row)["input_ids"] == IMAGE
 
 
+DEFAULT = dict(queries=32, distance=1, slack=64, novelty=8.0, diversity=0.5)
 EVERYTHING = dict(
-    queries="text", average="visible", heads="each", pooling=3, value_norm=True, diversity=0.2, novelty=0.5, floor=0.25,
-    recent=0.25, evict="least-important", slack=2, merge="kv", text_floor=0.5,
+    queries="text", average="visible", heads="each", pooling=3, value_norm=True, diversity=0.2, novelty=0.5, floor=0.83,
+    cap=1.17, temperature=0.25, recent=0.25, evict="least-important", slack=2, merge="kv", text_floor=0.5,
 )  # fmt: skip
 CHOICES = [
     Choice(dict(heads="each")),
@@ -83,15 +88,22 @@ CHOICES = [
     Choice(dict(novelty=1.5)),
     Choice(dict(novelty=0.5, heads="each", lengths="uniform")),
     Choice(dict(lengths="uniform")),
-    Choice(dict(lengths="pyramid", floor=0.3)),
-    Choice(dict(floor=0.5)),
-    Choice(dict(floor=0.5), with_profile=True),
+    Choice(dict(lengths="pyramid", temperature=0.3)),
+    Choice(dict(temperature=0.5)),
+    Choice(dict(temperature=0.5), with_profile=True),
+    Choice(dict(floor=0.97)),
+    Choice(dict(floor=0.83), with_profile=True),
+    Choice(dict(cap=1.01)),
+    Choice(dict(cap=1.17), with_profile=True),
+    Choice(dict(lengths="pyramid", floor=0.53, cap=1.17)),
     Choice(dict(recent=8)),
     Choice(dict(recent=0.5)),
     Choice(dict(evict="oldest", sink=2)),
     Choice(dict(evict="least-important")),
     Choice(dict(evict="least-important", heads="max", recent=0.3), with_profile=True),
     Choice(dict(slack=6, distance=1)),
+    Choice(DEFAULT),
+    Choice(DEFAULT, with_profile=True),
     Choice(dict(merge="kv")),
     Choice(dict(merge="value", heads="each"), with_profile=True),
     Choice(dict(queries="text"), with_image=True),
@@ -138,12 +150,22 @@ def test_law_2_it_does_what_the_arguments_say(choice, family):
 def test_every_argument_changes_what_is_kept():
     """Otherwise a test of it would show nothing. (What only merging changes is in the pairs.)"""
     for family in FAMILIES:
-        plain = run(family, "sdpa", PADDED, PrefixKVCache(budget=BUDGET), STEPS, TURNS)[1].kept
+        plain = run(family, "sdpa", PADDED, PrefixKVCache(budget=BUDGET, **PLAIN), STEPS, TURNS)[1].kept
         by_profile = run(family, "sdpa", PADDED, Choice({}, with_profile=True).cache(family), STEPS, TURNS)[1].kept
         for choice in CHOICES:
             if "merge" not in choice.options or choice.options.get("heads") == "each":
                 kept = followed(choice, family)[1].kept
                 assert kept != (by_profile if choice.with_profile else plain), f"{choice}, {family}"
+
+
+@each_family
+def test_the_default_is_what_is_spelled_out(family):
+    """What `DEFAULT` does by the slow rules is what a cache does that was told nothing."""
+    spelled_out = next(choice for choice in CHOICES if choice == Choice(DEFAULT))
+    cache = PrefixKVCache(budget=BUDGET, config=models.weights(family).config)
+    logits, watch = run(family, backend(spelled_out, family), PADDED, cache, STEPS, TURNS)
+    wanted, by_rules = followed(spelled_out, family)
+    assert watch.kept == by_rules.kept and torch.equal(logits, wanted)
 
 
 @each_choice
@@ -156,9 +178,10 @@ def test_law_3_a_batch_is_its_members(choice):
 
 @each_choice
 def test_law_4_more_budget_never_keeps_less(choice):
-    """With a floor under searched lengths, rounding may take one key back (lengths.py rounds by largest remainders)."""
+    """With a temperature over searched lengths, rounding may take one key back: `temper_counts` rounds up the largest
+    remainders, which change."""
     family, smaller = FAMILIES[CHOICES.index(choice) % 2], None
-    rounds = choice.options.get("floor", 0) and not choice.with_profile and "lengths" not in choice.options
+    rounds = choice.options.get("temperature", 0) and not choice.with_profile and "lengths" not in choice.options
     for budget in (0.1, 0.3, 0.4, 0.45, 0.7, 1.0):
         kept = run(family, "sdpa", PADDED, choice.cache(family, budget), 1)[1].kept[0]
         for layer, row in itertools.product(smaller or (), range(len(PADDED))):
@@ -176,8 +199,8 @@ def test_law_5_counts_are_exact(choice, family):
     for row, length in enumerate(PADDED):
         at_prompt = [counts[0][layer][row] for layer in watch.layers]
         if choice.with_profile:
-            floor = choice.options.get("floor", 0)
-            ratios = [(1 - floor) * keep + floor * BUDGET for keep in by_rules.keep]
+            ratios = by_rules._ratios(n_layers)
+            assert sum(ratios) / n_layers == pytest.approx(BUDGET)
             assert at_prompt == [prompt_count(length, ratio, by_rules.sink) for ratio in ratios]
         elif by_rules.lengths == "search":
             assert sum(at_prompt) == round(BUDGET * n_layers * length)
@@ -198,17 +221,27 @@ def test_uniform_lengths_are_within_one():
 
 
 @pytest.mark.parametrize("with_profile", [False, True])
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        (dict(temperature=0.3), 0.3, None), (dict(temperature=1.0), 1.0, 1.0),
+        (dict(floor=0.8), 0.8, None), (dict(floor=1.0), 1.0, 1.0),
+        (dict(cap=1.2), 0.0, 1.2), (dict(cap=1.0), 1.0, 1.0),
+        (dict(floor=0.9, cap=1.2), 0.9, 1.2), (dict(floor=0.6, cap=1.3, temperature=0.5), 0.8, 1.15),
+    ],
+    ids=str,
+)  # fmt: skip
 @each_family
-def test_a_floor_is_a_floor(family, with_profile):
-    """Every layer keeps its share of what is handed out equally, give or take the rounding; at 1 all keep the same."""
-    for floor in (0.3, 1.0):
-        choice = Choice(dict(floor=floor), with_profile=with_profile)
-        counts = run(family, "sdpa", PADDED, choice.cache(family), 1)[1].counts()[0]
-        for row, length in enumerate(PADDED):
-            of_row = [rows[row] for rows in counts.values()]
-            assert min(of_row) > floor * BUDGET * length - 1
-            if floor == 1.0:
-                assert max(of_row) - min(of_row) <= 1
+def test_lengths_stay_within_floor_and_cap(family, options, low, high, with_profile):
+    """Give or take the rounding, in each row of a batch by its own length."""
+    choice = Choice(options, with_profile=with_profile)
+    counts = run(family, "sdpa", PADDED, choice.cache(family), 1)[1].counts()[0]
+    for row, length in enumerate(PADDED):
+        of_row = [rows[row] for rows in counts.values()]
+        assert min(of_row) > low * BUDGET * length - 1.01
+        assert high is None or max(of_row) < high * BUDGET * length + 1.01
+        if low == high:
+            assert max(of_row) - min(of_row) <= 1
 
 
 @pytest.mark.parametrize("text_floor", [0.0, 0.5, 1.0])
@@ -314,6 +347,10 @@ BAD = [
     ("novelty", "much", "0 or more"), ("novelty", True, "0 or more"),
     ("lengths", "flat", "uniform"), ("lengths", None, "uniform"), ("lengths", ["uniform"], "uniform"),
     ("floor", -0.5, "0 to 1"), ("floor", 2, "0 to 1"), ("floor", None, "0 to 1"),
+    ("cap", 0.99, "at least 1"), ("cap", 0, "at least 1"), ("cap", float("nan"), "at least 1"),
+    ("cap", float("inf"), "None for no cap"), ("cap", "half", "at least 1"), ("cap", True, "at least 1"),
+    ("temperature", -0.1, "0 to 1"), ("temperature", 1.5, "0 to 1"), ("temperature", None, "0 to 1"),
+    ("temperature", "warm", "0 to 1"), ("temperature", float("nan"), "0 to 1"),
     ("recent", 0, "1 or more"), ("recent", -3, "1 or more"), ("recent", 1.5, "1 or more"), ("recent", "half", "share"),
     ("recent", True, "share"), ("recent", float("nan"), "1 or more"), ("recent", float("inf"), "1 or more"),
     ("evict", "newest", "oldest"), ("evict", None, "oldest"),

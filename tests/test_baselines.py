@@ -486,5 +486,12 @@ def test_a_bad_argument_is_refused_by_name(kind, options, name):
         kind(0.5, **options)
 
 
+@pytest.mark.parametrize("kind", BASELINES.values(), ids=lambda kind: kind.__name__)
+def test_none_is_another_paper_s_rule(kind):
+    """`paper` is inherited, and would make something that is neither."""
+    with pytest.raises(TypeError, match=f"{kind.__name__}.*PrefixKVCache.paper"):
+        kind.paper(budget=0.4)
+
+
 def test_each_is_a_prefix_kv_cache():
     assert all(issubclass(kind, PrefixKVCache) for kind in BASELINES.values())

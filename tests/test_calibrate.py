@@ -6,22 +6,41 @@ import json
 import math
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig
 
 import compat
 import models
+from oracle import Oracle
 from oracle import importance as slow_importance
 from prefixkv_cache import PrefixKVCache, PrefixProfile, calibrate
+from prefixkv_cache.cache import image_mask_of
+from prefixkv_cache.calibrated_for import DEFAULT, plain_ranking
 from prefixkv_cache.observe import ObservingCache, UnobservedAttentionError, observe
+from prefixkv_cache.scoring import Ranking
+from rules import Rules
 from test_threshold import slow_search
 
 calibrate_module = importlib.import_module("prefixkv_cache.calibrate")
 state_module = importlib.import_module("prefixkv_cache.calibration_state")
 GRID = (0.1, 0.2, 0.5, 1.0)
 LENGTHS = (61, 44, 40)
+PLAIN = {"novelty": 0.0, "diversity": 0.0}
+RANKINGS = [
+    {},
+    {"queries": "all", **PLAIN},
+    PLAIN,
+    {"queries": "all", "average": "visible"},
+    {"queries": "text"},
+    {"heads": "each"},
+    {"heads": "max", "pooling": 5, "value_norm": True, **PLAIN},
+    {"queries": "text", "average": "visible", "heads": "each", "pooling": 3, "value_norm": True, "diversity": 0.2,
+     "novelty": 0.5},
+]  # fmt: skip
+each_ranking = pytest.mark.parametrize("ranking", RANKINGS, ids=lambda each: "-".join(map(str, each.values())))
 
 
 def samples(family="llava_gqa", lengths=LENGTHS):
@@ -48,22 +67,100 @@ def eager_ratios(family, inputs, queries, budgets):
 @pytest.mark.parametrize(("family", "attn"), [("llava_gqa", "sdpa"), ("qwen2_5_vl", compat.PLAIN), ("gemma3", "sdpa")])
 def test_keep_ratios_are_those_of_plain_attention_weights(family, attn, queries):
     batches = samples(family, LENGTHS[:2])
-    profile = calibrate(models.build(family, attn), batches, budgets=GRID, queries=queries)
+    profile = calibrate(models.build(family, attn), batches, budgets=GRID, queries=queries, **PLAIN)
     plain = [eager_ratios(family, inputs, queries, GRID) for inputs in batches]
     expected = torch.tensor(plain, dtype=torch.float64).mean(0)
     assert (profile.keep - expected).abs().max() < 0.01
 
 
-def test_of_one_prompt_it_is_the_search_on_the_prompt():
-    inputs = samples()[0]
-    model = models.build("llava_gqa", "sdpa")
-    profile = calibrate(model, [inputs], budgets=[0.3, 0.6])
+@each_ranking
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl"])
+def test_of_one_prompt_it_is_the_search_on_the_prompt(family, ranking):
+    inputs = samples(family)[0]
+    model = models.build(family, "sdpa")
+    profile = calibrate(model, [inputs], budgets=[0.3, 0.6], **ranking)
+    image = image_mask_of(inputs, model.config)
     for budget in (0.3, 0.6):
         for source in (profile, None):
-            cache = PrefixKVCache(source, budget=budget)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # the profile is for just this ranking
+                cache = PrefixKVCache(source, budget=budget, image_mask=image, **ranking)
             model(**inputs, past_key_values=cache, use_cache=True)
             lengths = (profile.keep_ratios(budget) * LENGTHS[0]).round().long().tolist()
             assert cache.stored_lengths() == lengths
+
+
+@each_ranking
+@pytest.mark.parametrize("family", ["llava_gqa", "gemma3"])
+def test_of_a_padded_batch_it_is_the_mean_of_the_searches_on_its_rows(family, ranking):
+    model = models.build(family, "sdpa", torch.float64)
+    inputs = cast(models.batch(family, LENGTHS), torch.float64)
+    cache = PrefixKVCache(
+        budget=0.4, config=model.config, image_mask=image_mask_of(inputs, model.config), lengths="search", **ranking
+    )
+    model(**inputs, past_key_values=cache, use_cache=True)
+    found = [cache.kept_positions(layer) for layer in models.prunable_layers(model)]
+    if ranking.get("heads") == "each":
+        found = [of_layer[:, 0] for of_layer in found]
+    ratios = [[int((of_row >= 0).sum()) / n for of_row, n in zip(each, LENGTHS, strict=True)] for each in found]
+    profile = calibrate(model, [inputs], budgets=[0.4], **ranking)
+    assert profile.metadata["samples"] == "3"
+    assert (profile.keep[0] - torch.tensor(ratios, dtype=torch.float64).mean(1)).abs().max() < 1e-12
+
+
+@each_ranking
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl"])
+def test_lengths_are_those_of_slow_rules(family, ranking):
+    """The same ranking in plain loops over the weights of a full model, and the slow search on it."""
+    inputs = samples(family)[0]
+    for budget in (0.15, 0.5):
+        image = [row.nonzero().flatten().tolist() for row in image_mask_of(inputs, models.weights(family).config)]
+        rules = Rules(budget=budget, image=image, **{"novelty": 8.0, "diversity": 0.5, **ranking})
+        oracle = Oracle(models.build(family), rules)
+        rules.oracle = oracle
+        oracle.model(**inputs, past_key_values=oracle.cache, use_cache=True)
+        slow = [len(rules.kept[layer][0][0]) / LENGTHS[0] for layer in models.prunable_layers(oracle.model)]
+        found = calibrate(models.build(family, "sdpa"), [inputs], budgets=[budget], **ranking).keep[0]
+        assert found.tolist() == pytest.approx(slow, abs=1e-12)
+
+
+def test_every_ranking_has_a_profile_of_its_own():
+    """Otherwise the tests of it would show nothing."""
+    found = [calibrate(models.build("llava_gqa", "sdpa"), samples(), budgets=GRID, **each) for each in RANKINGS]
+    for index, one in enumerate(found):
+        for other in found[:index]:
+            assert (one.keep - other.keep).abs().max() > 0.01
+            assert one.metadata["ranking"] != other.metadata["ranking"] or (
+                one.metadata["queries"] != other.metadata["queries"]
+            )
+
+
+def test_the_defaults_are_those_of_the_cache():
+    cache = PrefixKVCache()
+    assert cache.ranking == DEFAULT == calibrate_module.Settings().ranking
+    metadata = calibrate(models.build("llava_gqa"), samples()[:1], budgets=GRID).metadata
+    assert metadata["queries"] == "32"
+    assert metadata["ranking"] == "average=sum heads=mean pooling=1 value_norm=false diversity=0.5 novelty=8.0"
+    paper = calibrate(models.build("llava_gqa"), samples()[:1], budgets=GRID, queries="all", **PLAIN).metadata
+    assert paper["queries"] == "all"
+    assert paper["ranking"] == "average=sum heads=mean pooling=1 value_norm=false diversity=0.0 novelty=0.0"
+    assert PrefixKVCache.paper().ranking == plain_ranking("all")
+
+
+def test_text_queries_need_to_know_the_images():
+    model = models.build("llava_gqa")
+    embedded = {"inputs_embeds": torch.randn(1, 40, 32), "attention_mask": torch.ones(1, 40, dtype=torch.int64)}
+    with pytest.warns(UserWarning, match="sample 0 was skipped: queries='text' needs input_ids"):
+        profile = calibrate(model, [embedded, samples()[0]], budgets=GRID, queries="text")
+    assert (profile.metadata["samples"], profile.metadata["queries"]) == ("1", "text")
+    assert PrefixProfile(profile.budgets, profile.keep, profile.metadata) == profile
+    with pytest.raises(ValueError, match="needs an image mask"):
+        observe(model, samples()[0], ranking=Ranking("text"))
+    with pytest.raises(ValueError, match=r"needs an image mask \[1, 61\]; it is \[1, 60\]"):
+        observe(model, samples()[0], ranking=Ranking("text"), image_mask=torch.zeros(1, 60, dtype=torch.bool))
+    text_only = SimpleNamespace(config=LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="names no image token"):
+        calibrate(text_only, _explode(), queries="text")
 
 
 def test_only_prunable_layers_are_in_the_profile():
@@ -167,9 +264,11 @@ def test_no_keys_are_kept_and_nothing_is_left_behind():
     gc.collect()
     before = vars(AttentionInterface).get(compat.DOOR)
     model = models.build("llava_gqa", "sdpa")
-    cache = ObservingCache(model.config, queries=32, max_bytes=2**20)
+    cache = ObservingCache(model.config, ranking=DEFAULT, max_bytes=2**20)
+    seen = keys_of_updates(cache)
     model(**samples()[0], past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == LENGTHS[0]
+    assert len(seen) == len(cache.layers) and not any(each() is not None for each in seen)
     held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     assert not held
     gone = weakref.ref(cache)
@@ -177,6 +276,19 @@ def test_no_keys_are_kept_and_nothing_is_left_behind():
     gc.collect()
     assert gone() is None
     assert vars(AttentionInterface).get(compat.DOOR) is before
+
+
+def keys_of_updates(cache):
+    """Weak references to the keys of every layer; those of earlier layers must be gone when a layer is updated."""
+    seen, update = [], cache.update
+
+    def watched(key_states, value_states, *args, **kwargs):
+        assert all(each() is None for each in seen)
+        seen.append(weakref.ref(key_states))
+        return update(key_states, value_states, *args, **kwargs)
+
+    cache.update = watched
+    return seen
 
 
 def test_one_sample_at_a_time():
@@ -282,6 +394,13 @@ def _explode():
         ({"queries": 0}, "queries must be"),
         ({"queries": "some"}, "queries must be"),
         ({"queries": True}, "queries must be"),
+        ({"average": "mean"}, "average must be"),
+        ({"heads": "some"}, "heads must be"),
+        ({"pooling": 2}, "pooling must be"),
+        ({"value_norm": 1}, "value_norm must be"),
+        ({"diversity": 1.5}, "diversity must be"),
+        ({"novelty": -1}, "novelty must be"),
+        ({"novelty": math.nan}, "novelty must be"),
         ({"sink": -1}, "sink must be"),
         ({"max_bytes": 0}, "max_bytes must be"),
         ({"state_file": "no/such/folder/state.json"}, "does not exist"),
@@ -342,7 +461,15 @@ def test_resume_without_a_state_starts_from_the_first_sample(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "field"), [("budgets", "budgets"), ("queries", "queries"), ("weights", "weights"), ("family", "config")]
+    ("changed", "field"),
+    [
+        ("budgets", "budgets"),
+        ("queries", "queries"),
+        ("novelty", "ranking"),
+        ("heads", "ranking"),
+        ("weights", "weights"),
+        ("family", "config"),
+    ],
 )
 def test_the_state_of_another_calibration_is_refused(monkeypatch, tmp_path, changed, field):
     path = tmp_path / "state.json"
@@ -353,7 +480,7 @@ def test_the_state_of_another_calibration_is_refused(monkeypatch, tmp_path, chan
     if changed == "weights":
         model.get_input_embeddings().weight.data[0, 0] += 1
     elif changed != "family":
-        options[changed] = {"budgets": [0.5], "queries": "all"}[changed]
+        options[changed] = {"budgets": [0.5], "queries": "all", "novelty": 0, "heads": "max"}[changed]
     with pytest.raises(ValueError, match=rf"another calibration, whose {field} was"):
         calibrate(model, _explode(), state_file=path, resume=True, **options)
     assert path.read_bytes() == kept

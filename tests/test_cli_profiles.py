@@ -4,9 +4,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 import sys
+import warnings
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,12 +17,16 @@ import torch
 from PIL import Image
 
 import tiny_vlm
-from prefixkv_cache import PrefixProfile, ProfileError
+from prefixkv_cache import PAPER, PrefixKVCache, PrefixProfile, ProfileError, calibrate, calibrated_for
 from prefixkv_cache.cli import main
+from prefixkv_cache.data import read_records
+from prefixkv_cache.loading import load_model, open_image, prepare
 from prefixkv_cache.profile_report import describe_profile, read_spread
 
 command_module = importlib.import_module("prefixkv_cache.calibrate_command")
 GRID = ["--budgets", "0.1,0.5,1"]
+DEFAULT_RANKING = "average=sum heads=mean pooling=1 value_norm=false diversity=0.5 novelty=8.0"
+PLAIN_RANKING = "average=sum heads=mean pooling=1 value_norm=false diversity=0.0 novelty=0.0"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,117 @@ def test_calibrate_writes_a_profile_and_nothing_else(made, tmp_path):
     assert profile.n_layers == 3 and profile.budgets.tolist() == [0.1, 0.5, 1.0]
     assert (metadata["samples"], metadata["source"]) == ("6", "data.json, seed 0")
     assert (metadata["model"], metadata["queries"], metadata["dtype"]) == ("model", "32", "float32")
+    assert metadata["ranking"] == DEFAULT_RANKING
     assert [path.name for path in tmp_path.iterdir()] == ["made.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("more", "queries", "ranking"),
+    [
+        (["--paper"], "all", PLAIN_RANKING),
+        (["--queries", "text"], "text", DEFAULT_RANKING),
+        (["--queries", "8", "--novelty", "0", "--diversity", "0"], "8", PLAIN_RANKING),
+        (
+            ["--average", "visible", "--heads", "each", "--pooling", "3", "--value-norm", "--diversity", "0.25"],
+            "32",
+            "average=visible heads=each pooling=3 value_norm=true diversity=0.25 novelty=8.0",
+        ),
+    ],
+)
+def test_calibrate_for_another_ranking(home, run, made, tmp_path, more, queries, ranking):
+    out = tmp_path / "p.safetensors"
+    status, *_ = run(*calibrate_arguments(home, out, "--samples", 6, *more))
+    assert status == 0
+    profile = PrefixProfile.load(out)
+    assert (profile.metadata["queries"], profile.metadata["ranking"]) == (queries, ranking)
+    assert (profile.keep - PrefixProfile.load(made).keep).abs().max() > 1e-3
+
+
+def test_the_command_measures_what_the_function_does(home, run, tmp_path):
+    out = tmp_path / "p.safetensors"
+    assert run(*calibrate_arguments(home, out, "--samples", 2, "--queries", 8, "--heads", "max"))[0] == 0
+    model, processor = load_model(str(home / "model"), device="cpu")
+    records = read_records(home / "data.json", home / "images")
+    chosen = [records[index] for index in sorted(random.Random(0).sample(range(len(records)), 2))]
+    samples = [prepare(processor, [(each.prompt, [open_image(each.images[0])])]) for each in chosen]
+    profile = calibrate(model, samples, budgets=[0.1, 0.5, 1], queries=8, heads="max")
+    assert (PrefixProfile.load(out).keep - profile.keep).abs().max() < 1e-12
+
+
+def test_a_mismatch_is_told_in_one_line(home, run, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrated_for, "_told", {})
+    paper = tmp_path / "paper.safetensors"
+    assert run(*calibrate_arguments(home, paper, "--samples", 2, "--paper"))[0] == 0
+    generate = ["generate", "--model", home / "model", "--image", home / "images" / "picture-0.png", "--prompt",
+                "what is red ?", "--max-new-tokens", 2, "--profile"]  # fmt: skip
+    status, _, err = run(*generate, paper)
+    assert status == 0
+    told = [line for line in err.splitlines() if "was calibrated for" in line]
+    assert len(told) == 1 and "ProfileMismatchWarning" not in err
+    assert told[0].startswith("prefixkv generate: the profile of 'model'") and "queries='all'" in told[0]
+    assert told[0].endswith("; here: --paper")
+    status, _, err = run(*generate, paper, "--paper")
+    assert status == 0 and "was calibrated for" not in err
+    status, _, err = run(*generate, made, "--paper", "--queries", 8)
+    assert status == 0 and err.count("was calibrated for") == 1 and "; here: neither --queries nor --paper\n" in err
+    status, _, err = run(*generate, made)
+    assert status == 0 and "was calibrated for" not in err
+    shown = warnings.showwarning
+    assert run("inspect", "none")[0] == 2 and warnings.showwarning is shown
+
+
+OF_COMMAND = {
+    "generate": ["--max-new-tokens", 2, "--prompt", "what is red ?"],
+    "report": ["--max-new-tokens", 2, "--budgets", "0.5", "--out", "report.html", "--prompt", "what is red ?"],
+    "bench": ["--new-tokens", 2, "--turns", 1, "--budgets", "0.5", "--prompt", "what is red ?"],
+}
+DEFAULT_RULE = {"queries": 32, "distance": 1, "slack": 64, "novelty": 8.0, "diversity": 0.5}
+
+
+@pytest.mark.parametrize("command", OF_COMMAND)
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ([], DEFAULT_RULE),
+        (["--queries", "8"], {**DEFAULT_RULE, "queries": 8}),
+        (["--paper"], PAPER),
+        (["--paper", "--queries", "8"], {**PAPER, "queries": 8}),
+    ],
+)
+def test_the_rule_of_a_command_is_what_was_asked_for(home, run, tmp_path, monkeypatch, command, options, rule):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrated_for, "_told", {})
+    made, real = [], PrefixKVCache.for_model.__func__
+
+    def watch(cls, *arguments, **kwargs):
+        made.append(real(cls, *arguments, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(PrefixKVCache, "for_model", classmethod(watch))
+    status, _, err = run(command, "--model", home / "model", *OF_COMMAND[command], *options)
+    assert (status, "was calibrated for" in err) == (0, False)
+    assert made
+    for cache in made:
+        assert {name: getattr(cache, name, getattr(cache.ranking, name, None)) for name in rule} == dict(rule)
+
+
+@pytest.mark.parametrize("command", OF_COMMAND)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--queries", "0"], "queries must be"),
+        (["--paper", "--queries", "-3"], "queries must be"),
+        (["--paper", "--profile", "no-such"], "no-such"),
+        (["--paper", "--budgets", "1.5"], "1.5"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_cannot_be_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch, command, options, words):
+    monkeypatch.chdir(tmp_path)
+    options = ["--budget", *options[2:]] if command == "generate" and "--budgets" in options else options
+    status, out, err = run(command, "--model", "no-model", *OF_COMMAND[command], *options)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"prefixkv {command}: ") and words in err and "no-model" not in err
 
 
 def test_calibrate_says_what_it_does(home, run, tmp_path):
@@ -170,6 +286,8 @@ def test_ctrl_c_leaves_a_state_and_resume_goes_on(home, run, made, tmp_path, mon
 
     status, _, err = run(*calibrate_arguments(home, out, "--samples", 6, "--queries", "all", "--resume"))
     assert status == 2 and "another calibration, whose queries was 32; this one has 'all'" in err
+    status, _, err = run(*calibrate_arguments(home, out, "--samples", 6, "--novelty", "2", "--resume"))
+    assert status == 2 and f"another calibration, whose ranking was '{DEFAULT_RANKING}'; this one has 'average=" in err
     status, _, err = run(*calibrate_arguments(home, out, "--samples", 5, "--resume"))
     assert status == 2 and "another calibration, whose data was" in err
 
@@ -221,6 +339,18 @@ def test_several_processes_do_not_share_a_device_map(home, run, tmp_path, monkey
         (["--budgets", "a"], "invalid budgets"),
         (["--queries", "0"], "queries must be"),
         (["--queries", "some"], "invalid queries"),
+        (["--novelty", "-1"], "novelty must be"),
+        (["--novelty", "much"], "invalid float value"),
+        (["--diversity", "1.5"], "diversity must be"),
+        (["--pooling", "2"], "pooling must be an odd number"),
+        (["--heads", "some"], "invalid choice"),
+        (["--average", "some"], "invalid choice"),
+        (
+            ["--paper", "--queries", "32"],
+            "--paper says all of the ranking, the plain one of all queries; leave",
+        ),
+        (["--novelty", "0", "--paper"], "leave --novelty out"),
+        (["--paper", "--value-norm"], "leave --value-norm out"),
         (["--samples", "0"], "--samples and --batch-size must be at least 1"),
         (["--samples", "some"], "invalid count"),
         (["--batch-size", "0"], "--samples and --batch-size must be at least 1"),
@@ -271,12 +401,16 @@ def test_inspect_prints_layers_metadata_and_checks(run, made):
         assert f"{layer:>5} {numbers}" in lines
     assert any("largest fall" in line for line in lines) and any("row's mean" in line for line in lines)
     assert any("spread over 6 samples" in line for line in lines)
+    assert f"ranking               {DEFAULT_RANKING}" in lines
+    assert "for a cache that ranks alike: PrefixKVCache(profile, budget)" in lines
 
 
 def test_inspect_bundled_and_at_other_budgets(run):
     status, out, _ = run("inspect", "llava-1.5-7b", "--budgets", "0.25,0.5")
     assert status == 0
     assert "layer    0.25    0.5" in out.replace("layer   0.25", "layer    0.25") and "llava-hf/llava-1.5-7b-hf" in out
+    assert "PrefixKVCache(profile, budget, queries='all', diversity=0.0, novelty=0.0), or PrefixKVCache.paper(" in out
+    assert "ranks alike" not in describe_profile(PrefixProfile([0.5], [[0.4, 0.6]]))
 
 
 def test_inspect_refuses_what_is_no_profile(run, tmp_path, made):
@@ -308,6 +442,9 @@ def test_plot_draws_one_and_two_profiles(run, made, tmp_path):
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
     text = two.read_text()
     assert text.rstrip().endswith("</svg>")
+    comments = [line.strip() for line in text.splitlines() if line.strip().startswith("<!--")]
+    assert "<!-- queries: 32, diversity: 0.5, novelty: 8.0, samples: 6 -->" in comments
+    assert "<!-- queries: all, samples: unknown -->" in comments
     assert {path.name for path in tmp_path.iterdir()} == {made.name, "one.png", "two.svg"}
 
 

@@ -45,7 +45,7 @@ def test_a_model_over_two_places(tmp_path):
     inputs, tokens = models.batch("llava_gqa", models.PADDED), models.words(3, 8)
     results = []
     for model in (whole, parted):
-        cache = PrefixKVCache(budget=0.4, distance=5)
+        cache = PrefixKVCache(budget=0.4, distance=5, slack=0)
         logits, _ = feed(model, inputs, tokens, cache)
         results.append((logits, [cache.kept_positions(layer) for layer in range(6)]))
     (logits, kept), (parted_logits, parted_kept) = results
@@ -66,8 +66,8 @@ def test_offloaded_layers(streams, budget):
         models.batch("llava_gqa", models.PADDED),
         models.words(3, 8),
     )
-    logits, _ = feed(model, inputs, tokens, PrefixKVCache(budget=budget, offloading=True, config=model.config))
-    wanted, _ = feed(model, inputs, tokens, PrefixKVCache(budget=budget))
+    logits, _ = feed(model, inputs, tokens, PrefixKVCache(budget=budget, slack=0, offloading=True, config=model.config))
+    wanted, _ = feed(model, inputs, tokens, PrefixKVCache(budget=budget, slack=0))
     assert torch.equal(logits, wanted)
 
 
@@ -80,7 +80,7 @@ def test_the_pairs_of_offloaded_layers_go_and_come_back(streams, monkeypatch):
     monkeypatch.setattr(PrunedLayer, "offload", lambda layer: moves.append("away"))
     monkeypatch.setattr(PrunedLayer, "prefetch", lambda layer: moves.append("back"))
     model, inputs = models.build("llava_gqa", "sdpa"), models.batch("llava_gqa", (61,))
-    cache = PrefixKVCache(budget=0.4, offloading=True, config=model.config)
+    cache = PrefixKVCache(budget=0.4, slack=0, offloading=True, config=model.config)
     model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
     assert moves.count("back") == 3 * 6
     assert moves.count("away") == 3 * 6 + 6  # and once more when the prompt has been pruned
@@ -89,7 +89,7 @@ def test_the_pairs_of_offloaded_layers_go_and_come_back(streams, monkeypatch):
 def test_law_2_holds_over_two_places(tmp_path):
     parted = spread(tmp_path)
     inputs, tokens = models.batch("llava_gqa", (61,)), models.words(1, 8)
-    cache, log = PrefixKVCache(budget=0.4, distance=5), []
+    cache, log = PrefixKVCache(budget=0.4, distance=5, slack=0), []
 
     def watch():
         log.append({layer: cache.kept_positions(layer).tolist() for layer in range(6)})

@@ -99,7 +99,7 @@ def test_backends(attn, lengths):
     model = build(attn)
     inputs = models.batch(FAMILY, lengths)
     tokens, more = models.words(len(lengths), 12), models.words(len(lengths), 4, seed=5)
-    cache = PrefixKVCache(budget=0.4, distance=5)
+    cache = PrefixKVCache(budget=0.4, distance=5, slack=0)
     turns = [(lambda _: inputs, tokens), (lambda so_far: models.next_turn(inputs, so_far, 9), more)]
     assert_pruning_equals_masking(model, turns, cache)
     assert max(cache.stored_lengths()) < cache.get_seq_length()
@@ -164,7 +164,7 @@ def test_modes_at_budget_one(mode, lengths):
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_below_budget_one_run_and_prune(mode):
     model, inputs = models.build(FAMILY, "sdpa"), models.batch(FAMILY, PADDED)
-    cache = PrefixKVCache(budget=0.4)
+    cache = PrefixKVCache(budget=0.4, slack=0)
     model.generate(**inputs, past_key_values=cache, max_new_tokens=8, **{"do_sample": False, **MODES[mode]})
     assert 0 < max(cache.stored_lengths()) < 0.75 * cache.get_seq_length()
 
@@ -179,7 +179,7 @@ def test_streamers_see_every_token():
 def test_chunks_are_pruned_as_they_come(lengths):
     """After each chunk a layer holds its share and no more, and what it holds is what it attends to."""
     model, inputs = models.build(FAMILY, "sdpa"), models.batch(FAMILY, lengths)
-    cache = PrefixKVCache(budget=0.4)
+    cache = PrefixKVCache(budget=0.4, slack=0)
     log, peaks = Log(cache, range(6)), []
 
     def watch(*_):
@@ -199,7 +199,7 @@ def test_chunks_are_pruned_as_they_come(lengths):
         return_dict_in_generate=True,
     )  # fmt: skip
     again = model.generate(
-        **inputs, past_key_values=PrefixKVCache(budget=0.4), max_new_tokens=6, prefill_chunk_size=CHUNK,
+        **inputs, past_key_values=PrefixKVCache(budget=0.4, slack=0), max_new_tokens=6, prefill_chunk_size=CHUNK,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     torch.testing.assert_close(torch.stack(again.logits), torch.stack(wanted.logits), atol=1e-4, rtol=0)
@@ -225,7 +225,7 @@ def test_a_second_image_in_the_second_turn(family, budget):
             _, sequences = feed(model, make_inputs(sequences), tokens, full)
     except (ValueError, RuntimeError, IndexError) as error:
         pytest.skip(f"not with DynamicCache either: {error}")
-    cache = PrefixKVCache(budget=budget, config=model.config)
+    cache = PrefixKVCache(budget=budget, slack=0, config=model.config)
     assert_pruning_equals_masking(model, turns, cache)
 
 
@@ -242,8 +242,8 @@ def test_assisted_decoding_is_refused_before_it_starts(options):
 
 def test_a_handwritten_loop():
     model, inputs = models.build(FAMILY, "sdpa"), models.batch(FAMILY, (61,))
-    cache = PrefixKVCache(budget=0.4)
-    wanted = model.generate(**inputs, past_key_values=PrefixKVCache(budget=0.4), max_new_tokens=10, do_sample=False)
+    cache, same = PrefixKVCache(budget=0.4, slack=0), PrefixKVCache(budget=0.4, slack=0)
+    wanted = model.generate(**inputs, past_key_values=same, max_new_tokens=10, do_sample=False)
     del inputs["attention_mask"]
     tokens = []
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_a_handwritten_loop():
 def test_forward_without_no_grad():
     """Stored pairs carry no history, so a loop without `no_grad` neither fails nor grows a graph over the cache."""
     model, inputs = models.build(FAMILY, "sdpa"), models.batch(FAMILY, (61,))
-    cache = PrefixKVCache(budget=0.4)
+    cache = PrefixKVCache(budget=0.4, slack=0)
     with torch.enable_grad():
         model(**inputs, past_key_values=cache, use_cache=True).logits.sum().backward()
         for token in (7, 8, 9):

@@ -9,9 +9,10 @@ import difflib
 import importlib
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from prefixkv_cache import PrefixKVCache, PrefixProfile, calibrate, search_threshold
+from prefixkv_cache import PAPER, PrefixKVCache, PrefixProfile, calibrate, search_threshold
 from prefixkv_cache.cli import COMMANDS
 
 SNAPSHOT = Path(__file__).with_name("public_api.json")
@@ -37,6 +38,12 @@ def described_class(kind):
     return {"bases": [base.__name__ for base in kind.__bases__], "constructor": constructor, "members": members}
 
 
+def described_value(value):
+    if isinstance(value, Mapping):
+        return {name: repr(each) for name, each in value.items()}
+    return described_class(value) if inspect.isclass(value) else signature(value)
+
+
 def public_names(module):
     """What the module says is public, or, where it does not, what it defines without an underscore."""
     defined = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -59,8 +66,7 @@ def public_api():
         module = importlib.import_module(path)
         for name in public_names(module):
             value = getattr(module, name)
-            described = described_class(value) if inspect.isclass(value) else signature(value)
-            api[f"{path}.{name}"] = described
+            api[f"{path}.{name}"] = described_value(value)
     api["prefixkv"] = {name: described_command(add) for name, (add, _, _) in sorted(COMMANDS.items())}
     return json.loads(json.dumps(api))
 
@@ -85,15 +91,22 @@ def test_what_the_contract_fixes():
     """Whatever the snapshot is made to say."""
     constructor = arguments(PrefixKVCache, 7)
     assert constructor == [
-        "profile=None", "budget=0.5", "*", "config=None", "queries=32", "sink=1", "distance=25",
+        "profile=None", "budget=0.5", "*", "config=None", "queries=32", "sink=1", "distance=1",
     ]  # fmt: skip
+    assert {"slack=64", "novelty=8.0", "diversity=0.5"} <= set(arguments(PrefixKVCache, 99))
     assert arguments(PrefixKVCache.for_model, 2) == ["model", "budget=0.5"]
+    assert arguments(PrefixKVCache.paper, 3) == ["profile=None", "budget=0.5", "**kwargs"]
+    assert dict(PAPER) == {
+        "queries": "all", "distance": 25, "slack": 0, "novelty": 0.0, "diversity": 0.0, "average": "sum",
+        "heads": "mean", "pooling": 1, "value_norm": False, "lengths": "search", "floor": 0.0, "cap": None,
+        "temperature": 0.0, "recent": 1, "evict": "fixed-point", "merge": None,
+    }  # fmt: skip
     assert arguments(PrefixProfile, 3)[:2] == ["budgets", "keep"] and arguments(PrefixProfile.keep_ratios, 9) == [
         "budget"
     ]
     assert arguments(calibrate, 3)[:3] == ["model", "samples", "*"]
     assert {"budgets", "queries"} <= set(inspect.signature(calibrate).parameters)
-    assert arguments(search_threshold, 9) == ["importance", "budget", "*", "sink=1"]
+    assert arguments(search_threshold, 4) == ["importance", "budget", "*", "sink=1"]
     for name in ("get_seq_length", "stored_lengths", "kept_positions", "nbytes", "reset"):
         assert hasattr(PrefixKVCache, name)
     for name in ("load", "save", "available"):

@@ -5,6 +5,7 @@ import html.parser
 import io
 import itertools
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -16,11 +17,13 @@ from PIL import Image
 import pictures
 import tiny_vlm
 from browser import browser
-from prefixkv_cache import PrefixKVCache
+from prefixkv_cache import PAPER, PrefixKVCache, search_threshold
 from prefixkv_cache.bundled import bundled_dir
+from prefixkv_cache.calibrated_for import DEFAULT, plain_ranking
 from prefixkv_cache.cli import main
 from prefixkv_cache.demo import scenes
 from prefixkv_cache.loading import load_model, prepare
+from prefixkv_cache.observe import observe
 from prefixkv_cache.report import grid
 from prefixkv_cache.report.collect import collect_report
 from prefixkv_cache.report.page import render_page, write_page
@@ -172,25 +175,98 @@ def test_the_page_holds_what_the_caches_kept(scene_vlm, scene, report):
         assert each["text"] == full or each["text"][: each["agrees"] + 1] != full[: each["agrees"] + 1]
 
 
-def test_masses_and_curves_are_those_of_the_importance(report):
+@pytest.fixture(scope="module")
+def searched(scene_vlm, scene):
+    """Lengths searched on the prompt, by the default ranking and by the paper's."""
+    pictures = [("scene.png", scene)]
+    return {
+        rule: collect_report(*scene_vlm, PROMPT, pictures, BUDGETS, max_new_tokens=1, profile=None, **options)
+        for rule, options in (("default", {}), ("paper", PAPER))
+    }
+
+
+def shares(scene_vlm, scene, ranking):
+    model, processor = scene_vlm
+    found = observe(model, prepare(processor, [(PROMPT, [scene])], model.device), ranking=ranking)[0].double()
+    return found / found.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("rule", "ranking"), [("default", DEFAULT), ("paper", plain_ranking("all"))])
+def test_the_threshold_is_that_of_the_search_on_what_ranks_the_keys(rule, ranking, searched, scene_vlm, scene):
+    report = searched[rule]
+    scores, attention = (shares(scene_vlm, scene, each) for each in (ranking, plain_ranking(ranking.queries)))
+    assert report.source is None and report.ranking == ranking
+    torch.testing.assert_close(report.scores.double(), scores, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(report.importance.double(), attention, rtol=1e-4, atol=1e-9)
+    for pruned in report.pruned:
+        threshold, counts = search_threshold(scores, pruned.budget)
+        left = 1 - threshold
+        assert 1 - pruned.threshold == pytest.approx(left, rel=1e-3, abs=1e-15)
+        # The cache stopped where the page says that a search stops. (Equal scores may fall this way or that.)
+        assert np.abs(counts.numpy() - [len(columns) for columns in pruned.kept]).max() <= 1
+        for layer, columns in enumerate(pruned.kept):
+            gone = [token for token in range(scores.shape[1]) if token not in columns]
+            assert pruned.missed[layer] == pytest.approx(float(scores[layer, gone].sum()), rel=1e-3)
+            assert pruned.mass[layer] == pytest.approx(float(attention[layer, columns].sum()), abs=1e-5)
+    if rule == "default":  # the search by attention alone would stop elsewhere
+        other = search_threshold(attention, 0.2)[0]
+        assert abs(other - report.pruned[1].threshold) > 0.01
+
+
+def lines_of(data, which):
+    """(shares of the keys, heights [layer, point]) of a set of lines."""
+    lines = data["curves"][which]
+    heights = np.frombuffer(base64.b64decode(lines["heights"]), dtype="<u2") / 65535
+    return lines["x"], heights.reshape(len(data["layers"]), len(lines["x"]))
+
+
+@pytest.mark.parametrize("rule", ["default", "paper"])
+def test_masses_and_lines_are_those_of_attention_and_scores(rule, searched):
+    report = searched[rule]
     data = page_data(render_page(report))
+    assert [lines["of"] for lines in data["curves"]] == {"default": ["score", "attention"], "paper": ["attention"]}[
+        rule
+    ]
     torch.testing.assert_close(report.importance.sum(1), torch.ones(8))
+    torch.testing.assert_close(report.scores.sum(1), torch.ones(8))
     for each, pruned in zip(data["budgets"], sorted(report.pruned, key=lambda pruned: pruned.budget), strict=True):
         kept = torch.from_numpy(kept_of_page(data, each))
-        torch.testing.assert_close(
-            torch.tensor(each["mass"]), (report.importance * kept).sum(1), atol=2e-6, rtol=0, check_dtype=False
-        )
-        # What stays is what has most importance, so no other choice of as many keys holds more of it.
+        mass = (report.importance * kept).sum(1)
+        torch.testing.assert_close(torch.tensor(each["mass"]), mass, atol=2e-6, rtol=0, check_dtype=False)
+        missed = (report.scores * ~kept).double().sum(1)
+        torch.testing.assert_close(torch.tensor(each["missed"]).double(), missed, atol=0, rtol=1e-3)
+        assert each["threshold"] == pruned.threshold
+        # No other choice of as many keys holds more attention than the line says.
         best = report.importance.sort(1, descending=True).values.cumsum(1)
         top = torch.stack([row[len(columns) - 1] for row, columns in zip(best, pruned.kept, strict=True)])
         assert bool((torch.tensor(each["mass"]) <= top + 1e-5).all())
-    x = data["curves"]["x"]
-    mass = np.frombuffer(base64.b64decode(data["curves"]["mass"]), dtype="<u2").reshape(8, len(x)) / 65535
     n = len(data["tokens"])
+    x, heights = lines_of(data, -1)
+    assert data["curves"][-1]["decades"] == 0 and x[0] == 0 and x[-1] == 1 and heights[:, -1].min() > 0.9999
     for layer, row in enumerate(report.importance.tolist()):
         by_hand = [sum(sorted(row, reverse=True)[: round(share * n)]) for share in x]
-        np.testing.assert_allclose(mass[layer], by_hand, atol=1e-4)
-    assert x[0] == 0 and x[-1] == 1 and mass[:, -1].min() > 0.9999
+        np.testing.assert_allclose(heights[layer], by_hand, atol=1e-4)
+    if rule == "default":
+        x, heights = lines_of(data, 0)
+        decades = data["curves"][0]["decades"]
+        assert decades in (4, 8, 12, 16) and heights[:, 0].min() == 1 and heights[:, -1].max() == 0
+        for layer, row in enumerate(report.scores.double().tolist()):
+            left = [sum(sorted(row)[: n - round(share * n)]) for share in x]
+            by_hand = [max(1 + math.log10(max(part, 1e-99)) / decades, 0) for part in left]
+            np.testing.assert_allclose(heights[layer], by_hand, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::prefixkv_cache.calibrated_for.ProfileMismatchWarning")
+def test_the_page_says_what_ranks_the_keys_and_whose_lengths_they_are(scene_vlm, scene, searched):
+    facts = {rule: page_data(render_page(report))["facts"] for rule, report in searched.items()}
+    assert facts["default"].endswith(
+        "keys ranked by the attention of the last 32 prompt tokens, diversity 0.5, novelty 8.0"
+    )
+    assert facts["paper"].endswith(
+        "lengths searched on this prompt \u00b7 keys ranked by the attention of all prompt tokens"
+    )
+    report = collect_report(*scene_vlm, PROMPT, [("scene.png", scene)], [0.5], max_new_tokens=1, **PAPER)
+    assert report.source == "scene-llava, made for another ranking"
 
 
 def test_the_map_of_a_picture_is_the_model_s_own_grid(report, scene):
@@ -323,10 +399,27 @@ def test_the_command_writes_the_page(tmp_path, scene, capsys):
     )  # fmt: skip
     assert (status, page.name in out, "budget 0.1" in err) == (0, True, True)
     data = page_data(page.read_text(encoding="utf-8"))
-    assert "last 8 prompt tokens" in data["facts"] and "profile scene-llava" in data["facts"]
+    assert "last 8 prompt tokens, diversity" in data["facts"] and "profile scene-llava" in data["facts"]
     assert str(tmp_path) not in page.read_text(encoding="utf-8")  # where things lie on this machine is not told
     with Image.open(tmp_path / "scene.png") as saved:
         assert saved.size == (96, 96)
+
+
+@pytest.mark.filterwarnings("ignore::prefixkv_cache.calibrated_for.ProfileMismatchWarning")
+def test_the_command_reports_on_the_paper_s_rule(tmp_path, scene, scene_vlm, capsys):
+    scene.save(tmp_path / "scene.png")
+    page, model = tmp_path / "report.html", scene_vlm[0]
+    status, *_ = run(
+        ["--model", bundled_dir("models") / "scene-llava", "--device", "cpu", "--prompt", PROMPT, "--paper",
+         "--image", tmp_path / "scene.png", "--budgets", "0.2", "--max-new-tokens", "2", "--out", page],
+        capsys,
+    )  # fmt: skip
+    data = page_data(page.read_text(encoding="utf-8"))
+    assert status == 0 and "attention of all prompt tokens" in data["facts"]
+    cache = PrefixKVCache.for_model(model, 0.2, **PAPER)
+    model.generate(**prepare(scene_vlm[1], [(PROMPT, [scene])]), past_key_values=cache, max_new_tokens=1)
+    for layer, kept in enumerate(kept_of_page(data, data["budgets"][0])):
+        assert np.flatnonzero(kept).tolist() == sorted(cache.kept_positions(layer)[0].tolist())
 
 
 @pytest.mark.parametrize(
@@ -402,6 +495,36 @@ def test_the_page_can_be_read_by_everybody(report, tmp_path, window):
         with Image.open(io.BytesIO(window.picture())) as picture:
             papers[scheme] = sum(picture.convert("RGB").getpixel((2, 2)))
     assert papers["light"] > 700 and papers["dark"] < 100
+
+
+def test_the_lines_are_of_what_the_page_says(searched, tmp_path, window):
+    label = "return document.querySelector('#curves svg').getAttribute('aria-label')"
+    title = "#curves-title"
+    for rule, report in searched.items():
+        write_page(report, tmp_path / "report.html")
+        open_page(window, tmp_path / "report.html")
+        pruned = min(report.pruned, key=lambda each: each.budget)
+        dashed = "return document.querySelectorAll('#curves .limit').length"
+        assert window.run(dashed) == 1
+        if rule == "paper":
+            assert window.text(title) == "Where the attention goes"
+            assert window.run("return document.querySelectorAll('figcaption .views').length") == 0
+            said = re.fullmatch(
+                r"Layer 0 keeps ([\d.]+) % of the attention; a search .* keeps ([\d.]+) %", window.run(label)
+            )
+            assert float(said[1]) == pytest.approx(100 * pruned.mass[0], abs=0.051)
+            assert float(said[2]) == pytest.approx(100 * pruned.threshold, abs=0.051)
+            continue
+        assert window.text(title) == "Where the score goes"
+        said = re.fullmatch(r"Layer 0 leaves out (\S+) of the score; a search .* leaves out (\S+)", window.run(label))
+        assert float(said[1]) == pytest.approx(pruned.missed[0], rel=0.06)
+        assert float(said[2]) == pytest.approx(1 - pruned.threshold, rel=0.06)
+        window.click("figcaption .views label:nth-child(2)")
+        assert window.text(title) == "Where the attention goes" and window.run(dashed) == 0
+        assert "search" not in window.run(label)
+        window.click("figcaption .views label:nth-child(1)")
+        assert window.text(title) == "Where the score goes"
+        assert window.console() == []
 
 
 def test_pictures_of_several_views_and_without_a_map(report, tmp_path, window):

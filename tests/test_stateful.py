@@ -41,7 +41,7 @@ from oracle import prompt_count
 from prefixkv_cache import PrefixKVCache, PrefixProfile
 
 OPERATIONS = int(os.environ.get("PREFIXKV_OPERATIONS", 2000))
-STEPS = 50  # in one sequence
+STEPS = 30  # in one sequence
 MOST_ROWS, LONGEST = 6, 24
 
 
@@ -54,6 +54,7 @@ class Setup:
     queries: object
     sink: int
     distance: object
+    slack: int
     n_layers: int
     kv_heads: int
     group: int
@@ -72,7 +73,8 @@ class Setup:
     def cache(self):
         profile = None if self.keep is None else PrefixProfile([self.budget], [list(self.keep)])
         return PrefixKVCache(
-            profile, self.budget, queries=self.queries, sink=self.sink, distance=self.distance,
+            profile, self.budget, queries=self.queries, sink=self.sink, distance=self.distance, slack=self.slack,
+            novelty=0.0, diversity=0.0,  # here the most important keys stay; other scores are for test_scoring.py
             config=self.config() if self.told == "caller" else None,
         )  # fmt: skip
 
@@ -96,6 +98,7 @@ def setups(draw):
         queries=draw(st.sampled_from(["all", 1, 3, 8, 32])),
         sink=draw(st.sampled_from([0, 1, 1, 3])),
         distance=draw(st.sampled_from([None, 1, 2, 3, 5, 8, 25])),
+        slack=draw(st.sampled_from([0, 0, 0, 1, 4])),
         n_layers=n_layers,
         kv_heads=draw(st.integers(1, 2)),
         group=draw(st.integers(1, 2)),
@@ -185,11 +188,12 @@ class Naive:
             kept, point = self.kept[layer][row], self.points[layer][row]
             ratio, before = self.ratios[layer][row], len(kept)
             kept.append(self.seen - 1)
-            if point is None or ratio == 1 or len(kept) - self.tokens[row] * ratio < 1:
+            most = 1 + self.setup.slack
+            if point is None or ratio == 1 or len(kept) - self.tokens[row] * ratio < most:
                 continue
             if point < before:  # the newcomer itself never leaves
                 del kept[point]
-            assert len(kept) - self.tokens[row] * ratio < 1 or len(kept) <= max(before, 1), "law 5"
+            assert len(kept) - self.tokens[row] * ratio < most or len(kept) <= max(before, 1), "law 5"
 
     def _places(self):
         return [(layer, row) for layer in range(self.setup.n_layers) for row in range(self.rows)]
@@ -479,7 +483,7 @@ class Machine(RuleBasedStateMachine):
         self.naive.crop(removed, [sum(row) for row in self.real])
         self.count()
 
-    @precondition(lambda self: self.since_reset >= 8)
+    @precondition(lambda self: self.since_reset >= 6)
     @rule()
     def reset(self):
         self.cache.reset()
@@ -520,7 +524,7 @@ class Machine(RuleBasedStateMachine):
                 self.cache.update(*pairs, 0)
         self.count()
 
-    @precondition(lambda self: self.since_reset >= 8)
+    @precondition(lambda self: self.since_reset >= 6)
     @rule(data=st.data(), n_new=st.integers(2, 9), unattended=st.booleans(), seed=st.integers(0, 2**31))
     def broken_off(self, data, n_new, unattended, seed):
         """A forward that ends on its way: the next one is refused, and after `reset` nothing is left of it."""
@@ -603,7 +607,7 @@ def test_any_sequence_of_operations(registered, capsys):
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=math.ceil(OPERATIONS / 40),
+            max_examples=math.ceil(OPERATIONS / 25),
             stateful_step_count=STEPS,
             deadline=None,
             derandomize=OPERATIONS <= 2000,

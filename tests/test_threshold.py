@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from prefixkv_cache import search_threshold
 from prefixkv_cache.threshold import search_lengths
+from rules import one_by_one, search_between
 
 some = settings(max_examples=150, deadline=None)
 BUDGETS = [0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 0.95, 1.0]
@@ -180,6 +181,88 @@ def test_equals_the_slow_search_on_whole_numbers(importance, budget):
     counts = search_threshold(torch.tensor(importance, dtype=torch.float64), budget)[1].tolist()
     assert sum(counts) == sum(fitting) + free
     assert all(count >= slow for count, slow in zip(counts, fitting, strict=True))
+
+
+# A floor and a cap.
+
+floors = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.0, 1.0))
+caps = st.one_of(st.sampled_from([None, 1.0, 1.5, 100.0]), st.floats(1.0, 5.0))
+
+
+@some
+@given(importances, budgets, st.integers(0, 3), floors, caps)
+@example([[0.0] * 5], 0.5, 1, 0.5, 1.5)
+@example([[1.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]], 0.4, 0, 0.9, 1.1)
+def test_clipped_lengths_add_up_and_stay_within(importance, budget, sink, floor, cap):
+    threshold, counts = search_threshold(
+        torch.tensor(importance, dtype=torch.float64), budget, sink=sink, floor=floor, cap=cap
+    )
+    n_layers, n_keys = len(importance), len(importance[0])
+    least = min(sink + 1, n_keys)
+    total = max(round(budget * n_layers * n_keys), n_layers * least)
+    assert 0.0 <= threshold <= 1.0
+    assert counts.dtype == torch.int64 and len(counts) == n_layers and int(counts.sum()) == total
+    assert all(least <= count <= n_keys for count in counts.tolist())
+    mean = total / n_layers
+    assert int(counts.min()) > floor * mean - 1 - 1 / n_layers - 1e-9
+    if cap is not None:
+        assert int(counts.max()) < max(least, cap * mean + (cap + 1) / 2 + 2 * cap / n_layers + 1e-9) + 1e-9
+    if floor == 1.0 or cap == 1.0:
+        assert int(counts.max()) - int(counts.min()) <= 1
+
+
+@some
+@given(importances, st.integers(0, 3), floors, caps)
+def test_clipped_lengths_never_fall(importance, sink, floor, cap):
+    """At every total there is."""
+    importance = torch.tensor(importance, dtype=torch.float64)
+    before = torch.zeros(len(importance), dtype=torch.int64)
+    for total in range(1, importance.numel() + 1):
+        counts = search_threshold(importance, total / importance.numel(), sink=sink, floor=floor, cap=cap)[1]
+        assert bool((counts >= before).all())
+        before = counts
+
+
+@some
+@given(importances, budgets, st.integers(0, 3))
+def test_clips_that_nobody_meets_change_nothing(importance, budget, sink):
+    importance = torch.tensor(importance, dtype=torch.float64)
+    threshold, counts = search_threshold(importance, budget, sink=sink)
+    for floor, cap in ((0.0, None), (0.0, 1e9), (1e-9, None)):
+        again, same = search_threshold(importance, budget, sink=sink, floor=floor, cap=cap)
+        assert again == threshold and torch.equal(same, counts)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("cap", [None, 1.0, 1.25, 2.0])
+@pytest.mark.parametrize("shape", [(6, 40), (1, 50), (16, 17)])
+@pytest.mark.parametrize("kind", ["random", "peaked", "mixed", "one spike in one layer"])
+def test_clipped_lengths_equal_the_slow_search(kind, shape, floor, cap):
+    importance = draw(kind, *shape)
+    for budget in BUDGETS:
+        counts = search_threshold(torch.tensor(importance, dtype=torch.float64), budget, floor=floor, cap=cap)[1]
+        assert counts.tolist() == search_between(importance, budget, floor, cap)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "mixed", "one spike in one layer"])
+def test_the_search_gives_pairs_one_by_one(kind):
+    """On which the slow version of clipped lengths rests: whose turn it is has nothing to do with the budget."""
+    importance = draw(kind, 6, 40)
+    counts = [2] * 6
+    for total, layer in enumerate(one_by_one(importance, 2), start=13):
+        counts[layer] += 1
+        assert search_threshold(torch.tensor(importance, dtype=torch.float64), total / 240)[1].tolist() == counts
+
+
+def test_clips_by_hand():
+    peaked, flat = [100.0, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1.0] * 10
+    importance = torch.tensor([peaked, flat, flat])
+    assert search_threshold(importance, 0.5, sink=0)[1].tolist() == [1, 7, 7]
+    assert search_threshold(importance, 0.5, sink=0, floor=0.6)[1].tolist() == [3, 6, 6]
+    assert search_threshold(importance, 0.5, sink=0, cap=1.2)[1].tolist() == [3, 6, 6]
+    assert search_threshold(importance, 0.5, sink=0, floor=0.8, cap=1.4)[1].tolist() == [4, 6, 5]
+    assert search_threshold(importance, 0.5, sink=0, floor=1.0)[1].tolist() == [5, 5, 5]
+    assert search_threshold(importance, 0.1, sink=1, cap=1.0)[1].tolist() == [2, 2, 2]  # never under sink + 1
 
 
 def test_a_layer_counts_by_its_shape_and_not_by_its_size():

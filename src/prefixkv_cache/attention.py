@@ -22,10 +22,11 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from .compat import DOOR_METHOD
-from .distributed import join_head_ranks
+from .distributed import ALONE, HeadRanks, join_head_ranks
 from .importance import attention_importance
 from .importance_flash import CaughtLogSumExp
 from .masks import layer_mask, readable
+from .scoring import Ranking, rank_keys
 
 _MARK = "_prefixkv_handed_out"
 _this_thread = threading.local()
@@ -149,6 +150,39 @@ def importance_of_call(
         max_bytes=max_bytes,
     )
     return importance if per_head else join_head_ranks(importance, module)
+
+
+def scores_of_call(
+    importance: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ranking: Ranking,
+    real: torch.Tensor | None,
+    module: Any,
+) -> torch.Tensor:
+    """Scores of the keys of one attention call, see scoring.py.
+
+    Args:
+        importance: float32 [batch, 1 or kv_heads, n], of this rank's heads where single ones are looked at.
+        keys, values: [batch, kv_heads, n, head_dim], as they are stored.
+        ranking: how they are ranked.
+        real: bool [batch, n], False at padding. None: no padding.
+        module: the attention module.
+
+    Returns:
+        float32 [batch, 1, n], the same on every rank, or [batch, kv_heads, n] of this rank's where each head ranks
+        keys for itself.
+
+    Raises:
+        ValueError: the ranking looks at single heads, and the model stores others than it attends with.
+    """
+    if ranking.by_head and importance.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"this model stores {keys.shape[1]} key heads and attends with {importance.shape[1]}, so single heads "
+            f"cannot be told: leave heads={ranking.heads!r}, pooling and value_norm out"
+        )
+    # Where heads agree on keys, those of other ranks have their say.
+    return rank_keys(importance, keys, values, ranking, real, HeadRanks.of(module) if ranking.by_rank else ALONE)
 
 
 class _Door:

@@ -23,16 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import PrefixKVCache
+from .cache import PAPER, PrefixKVCache
 from .layer import Prompt, PrunedLayer
 from .selection import places
 
 
-class UniformCache(PrefixKVCache):
+class _PublishedCache(PrefixKVCache):
+    """What the papers have in common, whatever the default of `PrefixKVCache` is: no profile, and `PAPER` beneath."""
+
+    _takes_profile = False
+
+    def __init__(self, budget: float = 0.5, **options: Any):
+        super().__init__(None, budget, **{**PAPER, **options})
+
+
+class UniformCache(_PublishedCache):
     """PrefixKV's importance (arXiv 2412.03409, section 3.2) with one length for all layers.
 
-    The ablation that isolates the paper's idea: what differs from `PrefixKVCache(queries="all")` is only that no
-    layer's length is searched.
+    The ablation that isolates the paper's idea: what differs from `PrefixKVCache.paper()` is only that no layer's
+    length is searched.
 
     Args:
         budget: fraction of each layer's prompt pairs kept, in (0, 1].
@@ -40,13 +49,11 @@ class UniformCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
-    _takes_profile = False
-
     def __init__(self, budget: float = 0.5, *, queries: int | str = "all", **options: Any):
-        super().__init__(None, budget, queries=queries, **{"lengths": "uniform", **options})
+        super().__init__(budget, queries=queries, **{"lengths": "uniform", **options})
 
 
-class ElasticCache(PrefixKVCache):
+class ElasticCache(_PublishedCache):
     """Elastic Cache (arXiv 2407.18121): importance-driven merging at the prompt, fixed-point eviction while decoding.
 
     Importance is the sum of a key's attention over all queries, averaged over the heads (equation 4); all layers keep
@@ -65,11 +72,9 @@ class ElasticCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
-    _takes_profile = False
-
     def __init__(self, budget: float = 0.5, *, merge: str | None = "kv", as_published: bool = False, **options: Any):
         self.as_published = as_published
-        super().__init__(None, budget, merge=merge, **{"queries": "all", "lengths": "uniform", **options})
+        super().__init__(budget, merge=merge, **{"queries": "all", "lengths": "uniform", **options})
 
     def _new_layer(self) -> PrunedLayer:
         layer = super()._new_layer()
@@ -81,7 +86,7 @@ class ElasticCache(PrefixKVCache):
         return super()._select(as_permutation(prompt, sink) if self.as_published else prompt, counts, sink)
 
 
-class H2OCache(PrefixKVCache):
+class H2OCache(_PublishedCache):
     """H2O (arXiv 2306.14048, algorithm 1): heavy hitters by accumulated attention, beside a window of recent tokens.
 
     Half of what a head keeps are its most recent tokens, the other half those that have received most attention so far.
@@ -99,18 +104,16 @@ class H2OCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
-    _takes_profile = False
-
     def __init__(self, budget: float = 0.5, *, recent: float = 0.5, as_published: bool = False, **options: Any):
         self.as_published = as_published
         rule = {"queries": "all", "heads": "each", "lengths": "uniform", "evict": "least-important", "sink": 0}
-        super().__init__(None, budget, recent=recent, **{**rule, **options})
+        super().__init__(budget, recent=recent, **{**rule, **options})
 
     def _select(self, prompt: Prompt, counts: list[int], sink: int) -> Tensor:
         return super()._select(as_permutation(prompt, sink) if self.as_published else prompt, counts, sink)
 
 
-class StreamingLLMCache(PrefixKVCache):
+class StreamingLLMCache(_PublishedCache):
     """StreamingLLM (arXiv 2309.17453, section 3.2), the papers' "Local": the first tokens and the most recent ones.
 
     While decoding, the oldest pair behind the sink leaves.
@@ -125,11 +128,9 @@ class StreamingLLMCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
-    _takes_profile = False
-
     def __init__(self, budget: float = 0.5, *, sink: int = 4, **options: Any):
         rule = {"queries": 1, "lengths": "uniform", "evict": "oldest"}
-        super().__init__(None, budget, sink=sink, **{**rule, **options})
+        super().__init__(budget, sink=sink, **{**rule, **options})
 
     def _importance(
         self, module: Any, query: Tensor, key: Tensor, mask: Any, options: Any, prompt: Prompt | None = None
@@ -137,7 +138,7 @@ class StreamingLLMCache(PrefixKVCache):
         return torch.arange(key.shape[2], dtype=torch.float32, device=key.device).expand(len(key), 1, -1)
 
 
-class SnapKVCache(PrefixKVCache):
+class SnapKVCache(_PublishedCache):
     """SnapKV (arXiv 2404.14469, section 4): what the prompt's last queries look at, with its neighbours, for each head.
 
     Importance is the attention of the last `window` tokens, summed, per key head; a maximum over `pooling` neighbours
@@ -154,11 +155,9 @@ class SnapKVCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
-    _takes_profile = False
-
     def __init__(self, budget: float = 0.5, *, window: int = 32, pooling: int = 7, **options: Any):
         rule = {"queries": window, "recent": window, "heads": "each", "lengths": "uniform", "distance": None}
-        super().__init__(None, budget, pooling=pooling, **{**rule, **options})
+        super().__init__(budget, pooling=pooling, **{**rule, **options})
 
 
 class PyramidKVCache(SnapKVCache):
@@ -181,7 +180,7 @@ class PyramidKVCache(SnapKVCache):
         super().__init__(budget, window=window, pooling=pooling, **{"lengths": "pyramid", **options})
 
 
-class RandomCache(PrefixKVCache):
+class RandomCache(_PublishedCache):
     """Random keys beside the sink and the last token: the floor that every method must beat.
 
     Lengths are uniform; each layer draws keys of its own; while decoding the fixed point leaves. The draw depends on
@@ -193,11 +192,9 @@ class RandomCache(PrefixKVCache):
         options: further arguments of `PrefixKVCache`.
     """
 
-    _takes_profile = False
-
     def __init__(self, budget: float = 0.5, *, seed: int = 0, **options: Any):
         self.seed = seed
-        super().__init__(None, budget, **{"queries": 1, "lengths": "uniform", **options})
+        super().__init__(budget, **{"queries": 1, "lengths": "uniform", **options})
 
     def _importance(
         self, module: Any, query: Tensor, key: Tensor, mask: Any, options: Any, prompt: Prompt | None = None

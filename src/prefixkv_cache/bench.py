@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from .cache import PrefixKVCache
-from .generate import cache_bytes
+from .generate import cache_bytes, cache_options
 from .loading import open_image, prepare
 from .profile import check_budget
 
@@ -33,10 +33,7 @@ def run_bench(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}")
     if arguments.tokens is None and not arguments.prompt:
         raise ValueError("say what the model shall read: --image FILE --prompt TEXT, or --tokens N of random text")
-    options: dict[str, Any] = {"queries": arguments.queries}
-    if arguments.profile is not None:
-        options["profile"] = arguments.profile
-        PrefixKVCache(arguments.profile, budgets[0])
+    options = cache_options(arguments)
     pictures = [open_image(path) for path in arguments.image]
     print(f"loading {arguments.model}", file=sys.stderr)
     model, processor = load()

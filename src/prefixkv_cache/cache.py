@@ -13,26 +13,26 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .architecture import PRUNABLE, cache_layers, whole_layer_kinds
-from .attention import HandedOut, hand_out, hand_out_compiled, hold_door, importance_of_call
+from .attention import HandedOut, hand_out, hand_out_compiled, hold_door, importance_of_call, scores_of_call
+from .calibrated_for import tell_mismatch
 from .compat import SEES_EAGER, crops_to_nothing, empty_after_reset, explain_unseen
-from .distributed import join_head_ranks
 from .eviction import Eviction, FixedPointEviction, LeastImportantEviction
 from .importance import DEFAULT_MAX_BYTES
 from .layer import Prompt, PrunedLayer
-from .lengths import dithered_count, pyramid_ratios, raise_counts_to_floor, raise_to_floor
+from .lengths import check_clips, clip_ratios, dithered_count, pyramid_ratios, temper_counts, temper_ratios
 from .masks import layer_mask, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
-from .scoring import Ranking, check_choice, check_fraction, rank_keys
+from .scoring import Ranking, check_choice, check_fraction, text_queries
 from .selection import places, select_keys
 from .threshold import search_threshold
 
@@ -40,20 +40,41 @@ _LENGTHS = ("search", "uniform", "pyramid")
 _EVICTIONS = ("fixed-point", "oldest", "least-important")
 _MERGES = (None, "kv", "value")
 
+PAPER: Mapping[str, Any] = MappingProxyType(
+    {
+        "queries": "all", "distance": 25, "slack": 0, "novelty": 0.0, "diversity": 0.0, "average": "sum",
+        "heads": "mean", "pooling": 1, "value_norm": False, "lengths": "search", "floor": 0.0, "cap": None,
+        "temperature": 0.0, "recent": 1, "evict": "fixed-point", "merge": None,
+    }
+)  # fmt: skip
+"""PrefixKV as published, as arguments of `PrefixKVCache`; see `PrefixKVCache.paper`."""
+
 
 class PrefixKVCache(Cache):
     """A KV cache that prunes each decoder layer, right after the prompt, to a length of that layer's own.
 
     A drop-in for `DynamicCache`: `model.generate(**inputs, past_key_values=PrefixKVCache(profile, budget=0.5))`.
     The lengths come from a profile (PrefixKV, arXiv 2412.03409) or, without one, from the same search on the prompt
-    itself. While decoding, the fixed-point rule of Elastic Cache (arXiv 2407.18121) keeps each layer at its share.
-    Positions stay true throughout: rotary angles go on from the number of tokens *seen*.
+    itself. Positions stay true throughout: rotary angles go on from the number of tokens *seen*.
+
+    The default is what did best in docs/study.md, on two small models; `PrefixKVCache.paper` is the paper's rule. In
+    this order:
+
+    1. Importance: the attention that a key receives from the prompt's last 32 tokens. Summed over all queries, as in
+       the papers, early image tokens win whatever they show, since more queries see them.
+    2. Diversity: half of a key's score is how far it points away from the layer's mean key.
+    3. Novelty: a key loses score by how much its value repeats that of a better-ranked one. The background of a picture
+       is many patches that say the same; one of them is enough.
+    4. Each layer keeps the best by this score, as many as its profile says, or as the search over these scores.
+    5. Slack: while decoding, a layer may hold 64 pairs beyond its share of the tokens seen, so that what was just
+       written stays readable; beyond that generated pairs leave, oldest first, and the picture stays.
 
     With a profile, a layer is pruned before the next one runs: the peak is the pruned cache and one whole layer.
     Without one, all layers are needed for the search: the peak is the whole prompt cache, once.
 
     A later prompt on the same cache (a second turn, or the next chunk of a long one) is pruned by the same keep ratios
-    over its own tokens; pairs kept earlier stay.
+    over its own tokens; pairs kept earlier stay. Where it brings images of its own and the cache shall know them,
+    assign a mask of all tokens so far: `cache.image_mask = inputs["input_ids"] == model.config.image_token_id`.
 
     Args:
         profile: a `PrefixProfile`, a path to one, the name of a bundled one, or None: search on the prompt itself.
@@ -61,30 +82,40 @@ class PrefixKVCache(Cache):
         config: the model's config. Needed for models with sliding, chunked or linear layers, which are left whole;
             checked against the profile whenever given.
         queries: whose attention counts: `"all"` prompt tokens (the papers' equation), `"text"`: the text behind the
-            first image (needs `image_mask`), or an integer W: the last W real tokens of the prompt.
+            first image (needs `image_mask`; without an image all text, and where the prompt ends in an image its last
+            32 tokens too), or an integer W: the last W real tokens of the prompt.
         sink: this many first tokens of the prompt are never pruned (its last token neither).
-        distance: the fixed point of decoding lies this many pairs before the prompt's end. None: nothing leaves while
-            decoding.
+        distance: the fixed point of decoding lies this many pairs before the prompt's end, and what stands behind it
+            leaves, oldest first. 1: the prompt's last pair goes first, then the oldest generated ones; the papers' 25
+            takes the prompt's last 25 pairs first. None: nothing leaves while decoding.
         average: `"sum"` over these queries, or `"visible"`: divided by how many of them can see the key; see `Ranking`.
         heads: how the heads agree on keys: `"mean"`, `"max"`, or `"each"`: every key head keeps its own; see `Ranking`.
         pooling: window, in keys, over which importance spreads to neighbours, an odd number; 1: none; see `Ranking`.
         value_norm: whether importance is multiplied by the norm of the value; see `Ranking`.
-        diversity: share of the score that is a key's difference from the others, in [0, 1]; see `Ranking`.
-        novelty: exponent of the factor by which a key loses what better-ranked keys say already; see `Ranking`.
+        diversity: share of the score that is a key's difference from the others, in [0, 1]; 0 is the papers' rule; see
+            `Ranking`.
+        novelty: exponent of the factor by which a key loses what better-ranked keys say already; 0 is the papers' rule,
+            and the larger, the less counts what is said twice; see `Ranking`.
         lengths: where there is no profile: `"search"` on the prompt, `"uniform"`: the budget for every layer, or
             `"pyramid"`: falling from layer to layer (PyramidKV, arXiv 2406.02069).
-        floor: each layer keeps at least `floor * budget` of the prompt, in [0, 1]: that share of all pairs is
-            handed out equally, the rest by profile or search. 0: none; 1: uniform lengths.
+        floor: no layer keeps less than `floor * budget` of the prompt, in [0, 1]; what that takes comes from the layers
+            above it. 0: none; 1: uniform lengths. See lengths.py and threshold.py for how clipped lengths add up.
+        cap: no layer keeps more than `cap * budget` of the prompt, 1 or more; what that frees goes to the layers below
+            it. None: none; 1: uniform lengths. (A layer of a short prompt keeps `sink + 1` pairs all the same.)
+        temperature: share of all pairs that is handed out equally, in [0, 1], the rest by profile, search or pyramid,
+            floor and cap. 0: none; 1: uniform lengths.
         recent: last tokens of the prompt that are never pruned: how many (at least 1), or below 1 a share of the pairs
             that the layer keeps.
         evict: which pair leaves while decoding: `"fixed-point"`, `"oldest"` behind the sink, or `"least-important"` by
             attention received so far (H2O, arXiv 2306.14048). How many leave is the same for all.
         slack: pairs that a layer may hold beyond its share of the tokens seen before one leaves while decoding: with
-            `distance=1`, so many generated tokens stay readable beside the prompt's pairs. 0: the papers' rule.
+            `distance=1`, so many generated tokens stay readable beside the prompt's pairs. 0 is the papers' rule: the
+            share is held to the end, at the price of what was just said.
         merge: `"kv"`: each pruned pair is merged into the nearest that stays (Elastic Cache), `"value"`: its value
             only, None: it is dropped.
-        image_mask: bool [batch, n_prompt], True at the image tokens of the first prompt. None: nothing is known of
-            images.
+        image_mask: bool [batch, n_prompt], True at the image (and video) tokens of the first prompt; what comes behind
+            its last column is text. With fewer rows than the batch, each speaks for as many rows side by side (beams).
+            None: nothing is known of images.
         text_floor: share of the prompt's text tokens that is never pruned, in [0, 1], the best by score; where not even
             that fits, as many as fit. Has a meaning only with an `image_mask`.
         max_new_tokens: at most so many tokens will be generated after each prompt. All memory is then allocated once,
@@ -109,18 +140,20 @@ class PrefixKVCache(Cache):
         config: Any = None,
         queries: int | str = 32,
         sink: int = 1,
-        distance: int | None = 25,
+        distance: int | None = 1,
         average: str = "sum",
         heads: str = "mean",
         pooling: int = 1,
         value_norm: bool = False,
-        diversity: float = 0.0,
-        novelty: float = 0.0,
+        diversity: float = 0.5,
+        novelty: float = 8.0,
         lengths: str = "search",
         floor: float = 0.0,
+        cap: float | None = None,
+        temperature: float = 0.0,
         recent: float = 1,
         evict: str = "fixed-point",
-        slack: int = 0,
+        slack: int = 64,
         merge: str | None = None,
         image_mask: Tensor | None = None,
         text_floor: float = 1.0,
@@ -133,12 +166,13 @@ class PrefixKVCache(Cache):
         self.sink = _check_integer("sink", sink, 0)
         self.distance = None if distance is None else _check_integer("distance", distance, 1)
         self.lengths = check_choice("lengths", lengths, _LENGTHS)
-        self.floor = check_fraction("floor", floor)
+        self.floor, self.cap = check_clips(floor, cap)
+        self.temperature = check_fraction("temperature", temperature)
         self.recent = _check_recent(recent)
         self.evict = check_choice("evict", evict, _EVICTIONS)
         self.slack = _check_integer("slack", slack, 0)
         self.merge = check_choice("merge", merge, _MERGES)
-        self.image_mask = _check_image_mask(image_mask)
+        self.image_mask = image_mask
         self.text_floor = check_fraction("text_floor", text_floor)
         self.max_new_tokens = None if max_new_tokens is None else _check_integer("max_new_tokens", max_new_tokens, 1)
         if self.max_new_tokens is not None and (offloading or self.evict == "least-important"):
@@ -152,7 +186,8 @@ class PrefixKVCache(Cache):
         if self.profile is not None:
             if self.lengths != "search":
                 raise ValueError(f"give a profile or lengths={lengths!r}, not both: each says how long the layers are")
-            self._keep = raise_to_floor(self.profile.keep_ratios(self.budget).tolist(), self.budget, self.floor)
+            of_profile = self.profile.keep_ratios
+            self._keep = self._shaped(lambda budget: of_profile(budget).tolist())
         # Decoder layers that can be pruned, by index; None until a config has told.
         self._prunable: list[int] | None = None
         layers: list[Any] = []
@@ -168,6 +203,35 @@ class PrefixKVCache(Cache):
             super().__init__(layers=layers, offloading=offloading)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"offloading={offloading!r} needs streams, which a GPU has: {error}") from None
+        if self.profile is not None:
+            tell_mismatch(self.profile.metadata, self.ranking)
+
+    @classmethod
+    def paper(
+        cls,
+        profile: PrefixProfile | str | os.PathLike[str] | None = None,
+        budget: float = 0.5,
+        **kwargs: Any,
+    ) -> PrefixKVCache:
+        """PrefixKV as published (arXiv 2412.03409), with true positions: the rule `PAPER`.
+
+        Section 3.2: the importance of key j in a layer is the mean over the heads of its attention, summed over *all* N
+        queries of the prompt, `I_j = 1/H sum_h sum_i A_h[i, j]`. Each layer keeps the shortest prefix of its sorted,
+        normalised importance that reaches a threshold p, the same for all layers, found by binary search so that the
+        budget is met. While decoding, the pair at Elastic Cache's fixed point leaves (arXiv 2407.18121, section 3.3):
+        25 pairs before the prompt's end, whenever a layer would hold one pair more than its share.
+
+        Args:
+            profile: as of the constructor.
+            budget: fraction of the prompt's KV pairs kept, averaged over the prunable layers, in (0, 1].
+            kwargs: further arguments of the constructor, which may replace parts of the rule: `queries=32`.
+
+        Raises:
+            TypeError, ValueError, ProfileError: as the constructor; or the class is another paper's rule.
+        """
+        if not cls._takes_profile:
+            raise TypeError(f"{cls.__name__} is a rule of its own already; PrefixKV's is PrefixKVCache.paper(...)")
+        return cls(profile, budget, **{**PAPER, **kwargs})
 
     @classmethod
     def for_model(cls, model: Any, budget: float = 0.5, *, inputs: Any = None, **kwargs: Any) -> PrefixKVCache:
@@ -178,9 +242,10 @@ class PrefixKVCache(Cache):
         Args:
             model: a transformers model; only its `config` is looked at.
             budget: fraction of the prompt's KV pairs kept, in (0, 1].
-            inputs: what the processor made of the prompt. With them, `image_mask` is filled from the model's image (and
-                video) token ids.
-            kwargs: further arguments of `PrefixKVCache`.
+            inputs: what the processor made of the prompt. With them, `image_mask` is filled from the model's image and
+                video token ids, which turns two things on: text is pruned no further than `text_floor`, and
+                `queries="text"` can be asked for. Without an id of either in the config it stays None.
+            kwargs: further arguments of `PrefixKVCache`; `**PAPER` for the paper's rule.
         """
         kwargs.setdefault("config", model.config)
         if inputs is not None:
@@ -190,6 +255,15 @@ class PrefixKVCache(Cache):
         return cls(budget=budget, **kwargs)
 
     # What a user asks.
+
+    @property
+    def image_mask(self) -> Tensor | None:
+        """Which tokens are image tokens, bool [batch, n]; may be assigned anew before a prompt that brings images."""
+        return self._image_mask
+
+    @image_mask.setter
+    def image_mask(self, mask: Tensor | None) -> None:
+        self._image_mask = _check_image_mask(mask)
 
     def stored_lengths(self) -> list[int]:
         """KV pairs that each layer holds, by its longest row; 0 for layers that hold none."""
@@ -332,7 +406,7 @@ class PrefixKVCache(Cache):
     def reset(self) -> None:
         """Forget all pairs, and the image mask, which was that prompt's; ready for another, unrelated prompt."""
         self._padding = None
-        self.image_mask = None
+        self._image_mask = None
         if not self._from_config:
             self.layers, self._prunable = [], None
         super().reset()
@@ -359,6 +433,8 @@ class PrefixKVCache(Cache):
         self._settle()
         if not crops_to_nothing(tokens_to_remove):
             super().crop(tokens_to_remove)
+            if self.image_mask is not None:  # other tokens may come where these were
+                self.image_mask = self.image_mask[:, : self.get_seq_length()]
 
     def activate_past_recording(self) -> None:
         """Refused: what a decode step has overwritten cannot be put back, as assisted decoding would ask for.
@@ -462,22 +538,12 @@ class PrefixKVCache(Cache):
             return prompt.real
         if prompt.image is None:
             raise ValueError("queries='text' ranks keys by the text behind the first image; give image_mask, too")
-        text = ~prompt.image if prompt.real is None else ~prompt.image & prompt.real
-        behind = text & (prompt.image.cumsum(1) > 0)
-        # A row without an image, or with nothing behind it, goes by all its text.
-        return torch.where(behind.any(1, keepdim=True), behind, text)
+        return text_queries(prompt.image, prompt.real)
 
     def _scores(self, importance: Tensor, prompt: Prompt, module: Any) -> Tensor:
         """By which the keys of a prompt are kept: float32 [batch, 1 or kv_heads, n_new]."""
-        ranking, keys, values = self.ranking, prompt.keys[:, :, -prompt.n_new :], prompt.values[:, :, -prompt.n_new :]
-        if ranking.by_head and importance.shape[1] != keys.shape[1]:
-            raise ValueError(
-                f"this model stores {keys.shape[1]} key heads and attends with {importance.shape[1]}, so single heads "
-                f"cannot be told: leave heads={ranking.heads!r}, pooling and value_norm out"
-            )
-        scores = rank_keys(importance, keys, values, ranking, prompt.real)
-        # Over all heads where they agree on keys; what is asked of single heads was not joined with other ranks yet.
-        return join_head_ranks(scores, module, ranking.heads) if ranking.by_rank else scores
+        keys, values = prompt.keys[:, :, -prompt.n_new :], prompt.values[:, :, -prompt.n_new :]
+        return scores_of_call(importance, keys, values, self.ranking, prompt.real, module)
 
     # How much each layer keeps.
 
@@ -503,8 +569,11 @@ class PrefixKVCache(Cache):
         self._prunable = prunable
         if self.lengths != "search":
             steepness = 1.0 if self.lengths == "uniform" else 20.0
-            ratios = pyramid_ratios(self.budget, len(prunable), steepness)
-            self._keep = raise_to_floor(ratios, self.budget, self.floor)
+            self._keep = self._shaped(lambda budget: pyramid_ratios(budget, len(prunable), steepness))
+
+    def _shaped(self, source: Callable[[float], list[float]]) -> list[float]:
+        """Keep ratios from what a source says at each budget: clipped, then mixed with uniform ones."""
+        return temper_ratios(clip_ratios(source, self.budget, self.floor, self.cap), self.budget, self.temperature)
 
     def _learn(self, config: Any) -> None:
         """Check the model by its attention module's config, where none was given to the constructor."""
@@ -559,13 +628,17 @@ class PrefixKVCache(Cache):
         if seen - prompt.n_new >= mask.shape[1]:
             # Behind the first prompt is text, whatever became of its rows since.
             return mask.new_zeros(batch, prompt.n_new)
+        if mask.shape[1] < seen:
+            raise ValueError(
+                f"image_mask has {mask.shape[1]} columns, but this prompt reaches to token {seen}; it must be bool "
+                "[batch, n_prompt], a column for every token of the prompt (padding too)"
+            )
         if batch % mask.shape[0]:
             raise ValueError(
                 f"image_mask has {mask.shape[0]} rows for a batch of {batch}; it must be bool [batch, n_prompt]"
             )
         # Beams and several sequences of one prompt stand side by side.
         mask = mask.repeat_interleave(batch // mask.shape[0], 0)
-        mask = F.pad(mask, (0, max(0, seen - mask.shape[1])))
         return mask[:, seen - prompt.n_new : seen]
 
     def _prune_by_ratio(self, layer: PrunedLayer, prompt: Prompt, layer_idx: int) -> None:
@@ -589,7 +662,7 @@ class PrefixKVCache(Cache):
         scores = torch.stack([prompt.scores.mean(1).cpu() for prompt in prompts if prompt.scores is not None], 1)
         columns = torch.ones_like(scores[:, 0], dtype=torch.bool) if real is None else real.cpu()
         found = [
-            raise_counts_to_floor(_search_row(of_row[:, own], self.budget, self.sink), self.floor)
+            temper_counts(_search_row(of_row[:, own], self.budget, self.sink, self.floor, self.cap), self.temperature)
             if length
             else [0] * len(waiting)
             for of_row, own, length in zip(scores, columns, lengths, strict=True)
@@ -659,7 +732,12 @@ def image_mask_of(inputs: Any, config: Any) -> Tensor | None:
     tokens = [token for name in names if isinstance(token := getattr(config, name, None), int)]
     if not tokens:
         return None
-    ids = inputs["input_ids"]
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ValueError(
+            "images are found by their token ids, and inputs hold no tensor input_ids [batch, n_prompt]; "
+            "leave inputs out, or give image_mask yourself"
+        )
     return torch.isin(ids, torch.tensor(tokens, device=ids.device))
 
 
@@ -675,10 +753,10 @@ def _prompt_count(ratio: float, length: int, sink: int) -> int:
     return int(prompt_counts(torch.tensor([ratio], dtype=torch.float64), length, sink))
 
 
-def _search_row(importance: Tensor, budget: float, sink: int) -> list[int]:
+def _search_row(importance: Tensor, budget: float, sink: int, floor: float, cap: float | None) -> list[int]:
     # A model that overflows gives nan; its answer is lost anyway, but the cache must not be what stops it.
     importance = importance.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
-    return search_threshold(importance, budget, sink=sink)[1].tolist()
+    return search_threshold(importance, budget, sink=sink, floor=floor, cap=cap)[1].tolist()
 
 
 def _load_profile(profile: Any) -> PrefixProfile | None:

@@ -1,9 +1,10 @@
 """From a model and some samples to a profile: the calibrator of PrefixKV (arXiv 2412.03409, section 3.3).
 
-One sample after the other is observed (observe.py), its importance searched for the lengths at every budget
-(threshold.py), and only the lengths are kept: whole numbers, in whose mean neither order nor grouping of the samples
-can be told. The mean is the profile (profile.py). Reads no data files and prints nothing: that is the command's part
-(calibrate_command.py). Calibrations that were interrupted go on from a file (calibration_state.py).
+One sample after the other is observed (observe.py), the scores by which the cache will rank its keys are searched for
+the lengths at every budget (threshold.py), and only the lengths are kept: whole numbers, in whose mean neither order
+nor grouping of the samples can be told. The mean is the profile (profile.py), which says what ranking it is for
+(calibrated_for.py). Reads no data files and prints nothing: that is the command's part (calibrate_command.py).
+Calibrations that were interrupted go on from a file (calibration_state.py).
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import torch
 import transformers
 
 from .architecture import cache_layers
+from .cache import image_mask_of
+from .calibrated_for import DEFAULT, write_ranking
 from .calibration_state import CalibrationState, Measurement, fingerprint_model
 from .importance import DEFAULT_MAX_BYTES
 from .observe import UnobservedAttentionError, observe
 from .profile import MAX_MEAN_ERROR, PrefixProfile, check_budget
+from .scoring import Ranking
 from .threshold import search_lengths
 
 DEFAULT_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -46,13 +50,13 @@ class Settings:
 
     Attributes:
         budgets: fractions kept, rising, each in (0, 1].
-        queries: `"all"`, or an integer W: the last W real tokens of the prompt count.
+        ranking: how the cache will rank its keys.
         sink: first tokens that are never pruned; each layer keeps at least `sink + 1`.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
     """
 
     budgets: tuple[float, ...] = DEFAULT_BUDGETS
-    queries: int | str = 32
+    ranking: Ranking = DEFAULT
     sink: int = 1
     max_bytes: int = DEFAULT_MAX_BYTES
 
@@ -60,13 +64,10 @@ class Settings:
         object.__setattr__(self, "budgets", tuple(sorted({check_budget(budget) for budget in self.budgets})))
         if not self.budgets:
             raise ValueError("budgets is empty; give fractions of the KV pairs to keep, such as [0.1, 0.2, 0.5, 1.0]")
-        for name, least in (("queries", 1), ("sink", 0), ("max_bytes", 1)):
+        for name, least in (("sink", 0), ("max_bytes", 1)):
             value = getattr(self, name)
-            if name == "queries" and value == "all":
-                continue
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-                words = "'all' or an integer" if name == "queries" else "an integer"
-                raise ValueError(f"{name} must be {words} of at least {least}; got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
             object.__setattr__(self, name, int(value))
 
 
@@ -77,6 +78,12 @@ def calibrate(
     budgets: Sequence[float] = DEFAULT_BUDGETS,
     queries: int | str = 32,
     sink: int = 1,
+    average: str = "sum",
+    heads: str = "mean",
+    pooling: int = 1,
+    value_norm: bool = False,
+    diversity: float = 0.5,
+    novelty: float = 8.0,
     max_bytes: int = DEFAULT_MAX_BYTES,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -85,6 +92,10 @@ def calibrate(
     resume: bool = False,
 ) -> PrefixProfile:
     """Make the profile of a model from its attention on some prompts. A keep ratio is the mean of count / n_tokens.
+
+    The lengths are searched on the scores that a cache of the same arguments ranks its keys by, so that of one sample
+    the profile holds what `PrefixKVCache(budget=...)` finds on that prompt by itself; the cache warns of a profile made
+    for another ranking. The paper's calibration is `queries="all", diversity=0, novelty=0`.
 
     Streams: one sample is in memory at a time and no cache is built, so the peak is that of a plain forward. Each row
     of a padded batch is a sample of its own. The order of the samples cannot change the profile. Nor can their batching
@@ -99,8 +110,16 @@ def calibrate(
         model: a transformers model of a kind that `PrefixKVCache` can prune, in any dtype, on one device or several.
         samples: dicts that `model(**sample)` takes, such as what a processor returns; any iterable.
         budgets: the grid of the profile, fractions kept, in (0, 1].
-        queries: whose attention counts: `"all"` prompt tokens (the paper), or an integer W: the last W real tokens.
+        queries: whose attention counts: `"all"` prompt tokens (the paper), `"text"`: the text behind the first image,
+            which is told by the image tokens in `input_ids`, or an integer W: the last W real tokens.
         sink: each layer keeps at least `sink + 1` pairs.
+        average: `"sum"` over these queries, or `"visible"`, as in `PrefixKVCache`; and so the five that follow.
+        heads: `"mean"`, `"max"` or `"each"`; where each head ranks keys for itself, lengths are searched on the mean of
+            all heads.
+        pooling: window of neighbours, in keys, an odd number; 1: none.
+        value_norm: whether importance is multiplied by the norm of the value.
+        diversity: share of a key's score that is its difference from the others, in [0, 1].
+        novelty: exponent of the price of repeating better-ranked keys, 0 or more.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
         metadata: more to write into the profile, string to string, such as `{"source": "MM-Vet, 10 samples"}`.
         progress: called with the number of samples done after each one.
@@ -110,17 +129,19 @@ def calibrate(
         resume: go on from `state_file`, if there is one. The samples must come in the same order as before.
 
     Returns:
-        The profile. Its metadata says how many samples there were, their lengths in tokens (`tokens_min`,
-        `tokens_mean`, `tokens_max`), and the standard deviation over the samples of each keep ratio (`spread`).
+        The profile. Its metadata says what ranking it is for (`queries`, `ranking`), how many samples there were, their
+        lengths in tokens (`tokens_min`, `tokens_mean`, `tokens_max`), and the standard deviation over the samples of
+        each keep ratio (`spread`).
 
     Raises:
-        TypeError, ValueError: an argument is not what is described above, the model cannot be pruned, there are no
-            samples or all of them failed, a budget is too small for prompts this short, or `state_file` is that of
-            another calibration.
+        TypeError, ValueError: an argument is not what is described above, the model cannot be pruned, or with
+            `queries="text"` names no image token, there are no samples or all of them failed, a budget is too small for
+            prompts this short, or `state_file` is that of another calibration.
         UnobservedAttentionError: the model computes attention by code of its own.
     """
-    settings = Settings(tuple(budgets), queries, sink, max_bytes)
-    cache_layers(model.config)  # what cannot be calibrated is refused before the first sample is looked at
+    ranking = Ranking(queries, average, heads, pooling, value_norm, diversity, novelty)
+    settings = Settings(tuple(budgets), ranking, sink, max_bytes)
+    check_model(model, settings)  # what cannot be calibrated is refused before the first sample is looked at
     state = CalibrationState(state_file, fingerprint_calibration(model, settings) if state_file else {})
     if resume:
         state.read()
@@ -129,6 +150,20 @@ def calibrate(
     profile = make_profile(state.measurements(), settings, {**describe_model(model), **(metadata or {})})
     state.delete()
     return profile
+
+
+def check_model(model: Any, settings: Settings) -> None:
+    """Refuse a model that no sample could be measured on.
+
+    Raises:
+        TypeError, ValueError: it cannot be pruned, or nobody knows where in its prompts the images are.
+    """
+    cache_layers(model.config)
+    if settings.ranking.queries == "text" and image_mask_of({"input_ids": torch.zeros(1, 1)}, model.config) is None:
+        raise ValueError(
+            "queries='text' ranks keys by the text behind the first image, but the config of this model names no image "
+            "token; take a number of last tokens, or 'all'"
+        )
 
 
 def _warn(index: int, error: Exception) -> None:
@@ -219,14 +254,21 @@ def _measure_job(
 
 def _measure_sample(model: Any, sample: Mapping[str, Any], settings: Settings) -> list[Measurement]:
     """The lengths of each row of a sample at every budget."""
-    rows = observe(model, sample, queries=settings.queries, max_bytes=settings.max_bytes)
-    for row, importance in enumerate(rows):
-        if importance.shape[1] == 0:
+    mask = _image_mask(model, sample) if settings.ranking.queries == "text" else None
+    rows = observe(model, sample, ranking=settings.ranking, image_mask=mask, max_bytes=settings.max_bytes)
+    for row, scores in enumerate(rows):
+        if scores.shape[1] == 0:
             raise ValueError(f"row {row} of the sample is padding only")
     return [
-        Measurement(importance.shape[1], search_lengths(importance, settings.budgets, sink=settings.sink).tolist())
-        for importance in rows
+        Measurement(scores.shape[1], search_lengths(scores, settings.budgets, sink=settings.sink).tolist())
+        for scores in rows
     ]
+
+
+def _image_mask(model: Any, sample: Any) -> torch.Tensor | None:
+    if isinstance(sample, Mapping) and not isinstance(sample.get("input_ids"), torch.Tensor):
+        raise ValueError("queries='text' needs input_ids in a sample, to see which tokens are images; there are none")
+    return image_mask_of(sample, model.config) if isinstance(sample, Mapping) else None  # observe() refuses the rest
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -273,7 +315,8 @@ def make_profile(measurements: Sequence[Measurement], settings: Settings, metada
     lengths = [each.n_tokens for each in measurements]
     described = {
         "method": "prefixkv",
-        "queries": str(settings.queries),
+        "queries": str(settings.ranking.queries),
+        "ranking": write_ranking(settings.ranking),
         "sink": str(settings.sink),
         "samples": str(len(measurements)),
         "tokens_min": str(min(lengths)),
@@ -323,7 +366,8 @@ def fingerprint_calibration(model: Any, settings: Settings, **more: Any) -> dict
     return {
         **fingerprint_model(model),
         "budgets": list(settings.budgets),
-        "queries": settings.queries,
+        "queries": settings.ranking.queries,
+        "ranking": write_ranking(settings.ranking),
         "sink": settings.sink,
         **more,
     }

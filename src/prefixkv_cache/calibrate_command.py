@@ -16,14 +16,15 @@ import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .architecture import cache_layers
 from .calibrate import (
     DEFAULT_BUDGETS,
     Job,
     Settings,
+    check_model,
     describe_error,
     describe_model,
     fingerprint_calibration,
@@ -31,11 +32,13 @@ from .calibrate import (
     measure,
     refuse_if_nothing_left,
 )
+from .calibrated_for import DEFAULT, plain_ranking
 from .calibration_state import CalibrationState
 from .data import Record, read_records
 from .loading import open_image, prepare
 from .processes import Processes, Report, join_processes
 from .profile import SUFFIX
+from .scoring import Ranking
 
 
 def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]) -> None:
@@ -48,7 +51,7 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
     Raises:
         TypeError, ValueError, OSError: bad input, in one line.
     """
-    settings = Settings(arguments.budgets or DEFAULT_BUDGETS, arguments.queries, arguments.sink)
+    settings = Settings(arguments.budgets or DEFAULT_BUDGETS, _ranking(arguments), arguments.sink)
     out = _check_out(arguments.out)
     if arguments.batch_size < 1 or (arguments.samples is not None and arguments.samples < 1):
         raise ValueError("--samples and --batch-size must be at least 1")
@@ -58,7 +61,7 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
         report = Report(processes, "calibrating")
         report.say(f"loading {arguments.model}")
         model, processor = load()
-        cache_layers(model.config)
+        check_model(model, settings)
         state = _open_state(model, settings, records, out, processes, arguments.resume)
         report.say(f"calibrating on {len(records)} of {len(all_records)} records, {len(state)} of them done before")
         jobs = _jobs(records, arguments.batch_size, processes, model, processor)
@@ -79,6 +82,17 @@ def run_calibrate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, A
             _remove(_state_files(out))
             skipped = f", {len(failures)} skipped" if failures else ""
             print(f"{out}: {profile.n_layers} layers from {profile.metadata['samples']} samples{skipped}")
+
+
+def _ranking(arguments: argparse.Namespace) -> Ranking:
+    """How the cache will rank its keys: the default, and what was asked for instead."""
+    asked = {each.name: value for each in fields(Ranking) if (value := getattr(arguments, each.name)) is not None}
+    if not arguments.paper:
+        return replace(DEFAULT, **asked)
+    if asked:
+        option = next(iter(asked)).replace("_", "-")
+        raise ValueError(f"--paper says all of the ranking, the plain one of all queries; leave --{option} out")
+    return plain_ranking("all")
 
 
 def _check_out(out: str) -> Path:

@@ -7,10 +7,12 @@ one line on standard error and exit status 2, never in a traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 BAD_INPUT = 2
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Progress bars of loading a model are noise beside the command's own report.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        arguments.run(arguments)
+        with _warnings_in_a_line(arguments.command, getattr(arguments, "tells_cure", False)):
+            arguments.run(arguments)
     except KeyboardInterrupt:
         print("prefixkv: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -52,6 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prefixkv {arguments.command}: {what} (PREFIXKV_DEBUG=1 shows where)", file=sys.stderr)
         return BAD_INPUT
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line(command: str, tells_cure: bool) -> Iterator[None]:
+    """Show a profile's mismatch as the commands say all else: in one line, without a place in this package's code.
+
+    Args:
+        command: its name.
+        tells_cure: whether the command takes the options that the warning knows of, and shall name them.
+    """
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        # By name, since its module imports torch, which not every command needs.
+        if category.__name__ == "ProfileMismatchWarning":
+            cure = getattr(message, "options", None) if tells_cure else None
+            print(f"prefixkv {command}: {message}{f'; here: {cure}' if cure else ''}", file=sys.stderr)
+        else:
+            others(message, category, *where, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,6 +138,21 @@ def _queries(text: str) -> int | str:
 _queries.__name__ = "queries ('all' or an integer)"
 
 
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    """Which cache: where its lengths come from, and its rule. `generate.cache_options` makes arguments of it."""
+    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
+    parser.add_argument(
+        "--queries",
+        type=_queries,
+        metavar="Q",
+        help="'all', or how many last prompt tokens count (32; with --paper all)",
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's rule instead of the default: all queries, fixed point"
+    )
+    parser.set_defaults(tells_cure=True)
+
+
 # prefixkv demo
 
 
@@ -134,8 +177,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--budget", type=float, default=0.5, help="fraction of the KV pairs kept, in (0, 1]")
-    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
-    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count")
+    _add_cache(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--compare", action="store_true", help="generate with the full cache, too")
 
@@ -157,8 +199,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budgets", type=_budgets, metavar="B,...", help="fractions of the KV pairs kept (0.7,0.5,0.3,0.2,0.1)"
     )
-    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
-    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count")
+    _add_cache(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (%(default)s)")
 
 
@@ -182,10 +223,32 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="which records (%(default)s)")
     parser.add_argument("--budgets", type=_budgets, metavar="B,...", help="grid, fractions kept (default: 0.05 to 1)")
-    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count (32)")
+    _add_ranking(parser)
     parser.add_argument("--sink", type=int, default=1, help="first tokens that are never pruned (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="records in a forward (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted calibration stopped")
+
+
+def _add_ranking(parser: argparse.ArgumentParser) -> None:
+    """How the cache will rank its keys. What is not given is None, so that `--paper` can tell what was asked for."""
+    group = parser.add_argument_group("ranking", "how the cache that will use the profile ranks its keys")
+    group.add_argument(
+        "--queries", type=_queries_or_text, metavar="Q", help="'all', 'text', or how many last prompt tokens count (32)"
+    )
+    group.add_argument("--novelty", type=float, metavar="E", help="price of repeating better keys, 0: none (8)")
+    group.add_argument("--diversity", type=float, metavar="S", help="share of being unlike the mean key, 0 to 1 (0.5)")
+    group.add_argument("--average", choices=["sum", "visible"], help="over the queries that count (sum)")
+    group.add_argument("--heads", choices=["mean", "max", "each"], help="how heads agree on keys (mean)")
+    group.add_argument("--pooling", type=int, metavar="W", help="window of neighbours, an odd number (1)")
+    group.add_argument("--value-norm", action="store_true", default=None, help="times the norm of the value")
+    group.add_argument("--paper", action="store_true", help="the paper's: all queries, summed, and nothing else")
+
+
+def _queries_or_text(text: str) -> int | str:
+    return text if text == "text" else _queries(text)
+
+
+_queries_or_text.__name__ = "queries ('all', 'text' or an integer)"
 
 
 def _count(text: str) -> int | None:
@@ -220,7 +283,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="said to every image, instead of what the file says")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for tables, drawings and the state")
     parser.add_argument(
-        "--methods", metavar="M,...", default="prefixkv,online,elastic,h2o,streaming,snapkv,pyramid,uniform",
+        "--methods", metavar="M,...", default="prefixkv,online,paper,elastic,h2o,streaming,snapkv,pyramid,uniform",
         help="also full, random; with options: 'online:queries=all;distance=none' (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -300,8 +363,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budgets", type=_budgets, default=(0.5, 0.2), metavar="B,...", help="fractions kept (0.5,0.2)"
     )
-    parser.add_argument("--profile", metavar="P", help="file or bundled name; default: the model's own, or none")
-    parser.add_argument("--queries", type=_queries, default=32, help="'all', or how many last prompt tokens count")
+    _add_cache(parser)
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="equal rows (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="decode steps (%(default)s)")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="the medians of N turns count (%(default)s)")

@@ -1,32 +1,64 @@
 """Tensor parallelism: each rank sees some of the heads, and all ranks must keep the same keys.
 
 The importance of a layer is averaged over the ranks that share its heads, so that it is the mean over all heads, equal
-on every rank. Nothing here runs unless a layer's weights are sharded.
+on every rank. Scores that compare keys or values are made of what all heads say: `HeadRanks` puts it together. Nothing
+here runs unless a layer's weights are sharded.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def join_head_ranks(importance: Tensor, module: Any, how: str = "mean") -> Tensor:
+@dataclass(frozen=True)
+class HeadRanks:
+    """The ranks that share the heads of an attention module, equally many each, in the order of the heads.
+
+    Attributes:
+        count: how many.
+        place: which of them this one is, from 0.
+        group: their process group; None: there are no others.
+    """
+
+    count: int = 1
+    place: int = 0
+    group: Any = None
+
+    @classmethod
+    def of(cls, module: Any) -> HeadRanks:
+        """Those of this module."""
+        group = _head_group(module)
+        if group is None:
+            return ALONE
+        return cls(torch.distributed.get_world_size(group), torch.distributed.get_rank(group), group)
+
+    def gather(self, of_heads: Tensor) -> Tensor:
+        """[batch, heads of this rank, ...] -> [batch, all heads, ...], to the last bit the same on every rank."""
+        if self.group is None:
+            return of_heads
+        parts = [torch.empty_like(of_heads, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, of_heads.contiguous(), group=self.group)
+        return torch.cat(parts, 1)
+
+
+ALONE = HeadRanks()
+
+
+def join_head_ranks(importance: Tensor, module: Any) -> Tensor:
     """The mean of `importance` over the ranks that hold the other heads of this attention module; itself if none do.
 
     Args:
-        importance: float32 of any shape, the mean (or maximum) over the heads of this rank. Ranks hold equally many.
+        importance: float32 of any shape, the mean over the heads of this rank. Ranks hold equally many.
         module: the attention module.
-        how: `"mean"` or `"max"`.
     """
     group = _head_group(module)
     if group is None:
         return importance
     total = importance.clone()
-    if how == "max":
-        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
-        return total
     torch.distributed.all_reduce(total, group=group)
     return total / torch.distributed.get_world_size(group)
 

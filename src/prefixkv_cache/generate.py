@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .cache import PrefixKVCache
+from .cache import PAPER, PrefixKVCache
 from .loading import open_image, prepare
 from .profile import check_budget
 
@@ -80,17 +80,28 @@ def _pairs(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(keys, values) for keys, values in found if keys is not None and values is not None]
 
 
+def cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `PrefixKVCache.for_model` from `--profile`, `--queries` and `--paper`.
+
+    Raises:
+        TypeError, ValueError, OSError: no cache can be made of them; found without the model.
+    """
+    options = dict(PAPER) if arguments.paper else {}
+    given = {"profile": arguments.profile, "queries": arguments.queries}
+    options.update({name: value for name, value in given.items() if value is not None})
+    PrefixKVCache(**options)
+    return options
+
+
 def run_generate(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]) -> None:
     """The command: answer on standard output, the report on standard error. Bad input fails before the model loads."""
-    PrefixKVCache(arguments.profile, check_budget(arguments.budget), queries=arguments.queries)
+    check_budget(arguments.budget)
+    options = cache_options(arguments)
     if not arguments.prompt.strip():
         raise ValueError("--prompt is empty; say what the model shall answer")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1; got {arguments.max_new_tokens}")
     pictures = [open_image(path) for path in arguments.image]
-    options: dict[str, Any] = {"queries": arguments.queries}
-    if arguments.profile is not None:
-        options["profile"] = arguments.profile
     print(f"loading {arguments.model}", file=sys.stderr)
     model, processor = load()
     inputs = prepare(processor, [(arguments.prompt, pictures)], model.device)

@@ -1,40 +1,106 @@
-"""How much each layer keeps, where no profile says it: pure functions on keep ratios and counts.
+"""How much each layer keeps: pure functions on keep ratios and counts.
 
-The search itself is threshold.py; here are the shapes that other papers use instead of it, and the floor under either.
-All fractions are *kept*.
+Lengths come from a profile (profile.py) or from the search (threshold.py); here are the shapes that other papers use
+instead, and what is done to either: a floor and a cap for each layer, and a temperature between these lengths and
+uniform ones. Clips come first and the temperature after them; as uniform lengths lie within the clips, so does the
+mixture. All fractions are *kept*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .scoring import check_fraction
 
 
-def raise_to_floor(ratios: Sequence[float], budget: float, floor: float) -> list[float]:
-    """Keep ratios of which a share is handed out equally: `floor * budget + (1 - floor) * ratio`.
+def check_clips(floor: Any, cap: Any) -> tuple[float, float | None]:
+    """Both as floats; a TypeError or ValueError that names the one which no lengths can keep to.
 
-    One number does for a least length of each layer (`floor * budget` of the tokens), for a cap, and for a temperature
-    between searched lengths (0) and uniform ones (1). The mean stays the budget, and lengths that were nested over the
-    budgets stay nested, which clipping and handing out again does not promise.
+    Args:
+        floor: share of the budget that each layer keeps at least, in [0, 1].
+        cap: how many times the budget each layer keeps at most, 1 or more; None: all of the prompt.
+    """
+    meaning = "cap must be a number of at least 1, how many times the budget a layer may keep, or None for no cap"
+    floor = check_fraction("floor", floor)
+    if cap is None:
+        return floor, None
+    if not isinstance(cap, numbers.Real) or isinstance(cap, bool):
+        raise TypeError(f"{meaning}; got {cap!r}")
+    if not 1.0 <= float(cap) < math.inf:  # nan fails every comparison
+        raise ValueError(f"{meaning}; got {cap!r}")
+    return floor, float(cap)
+
+
+def clip_ratios(
+    source: Callable[[float], Sequence[float]], budget: float, floor: float = 0.0, cap: float | None = None
+) -> list[float]:
+    """Keep ratios between `floor * budget` and `cap * budget`, whose mean is the budget.
+
+    What a cap frees, or a floor takes, is not handed out by a rule of its own. The source is read at another budget
+    instead: the one, found by bisection, at which the clipped ratios add up. So more budget still gives no layer less,
+    where the source's own ratios rise: with b the budget and r the source's ratio at any fixed place, `clip(r, floor *
+    b, min(1, cap * b)) / b` falls or stays as b rises, so the sum over the layers rises no faster than b. At a larger
+    budget the ratios of the same place add up to no more than they may, the place moves up or stays, and both clips
+    rise. Two places that add up to the same give the same ratios.
+
+    Args:
+        source: gives the keep ratio of each layer at a budget in (0, 1], continuous in it, 1 for each layer at 1.
+        budget: mean of the result, in (0, 1].
+        floor: in [0, 1]. 0: none.
+        cap: 1 or more. None: none, all of the prompt.
+
+    Returns:
+        The source's ratios as they are where there is neither floor nor cap. Else the mean is the budget, also where
+        that of the source is a little off.
+    """
+    if floor == 0.0 and cap is None:
+        return list(source(budget))
+    lowest, highest = floor * budget, 1.0 if cap is None else min(1.0, cap * budget)
+
+    def clipped(place: float) -> list[float]:
+        return [min(max(ratio, lowest), highest) for ratio in source(place)]
+
+    found = clipped(budget)
+    total = budget * len(found)
+    if abs(math.fsum(found) - total) < 1e-12:  # as without clips, to the last bit
+        return found
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if math.fsum(clipped(middle)) < total:
+            low = middle
+        else:
+            high = middle
+    return clipped(high)
+
+
+def temper_ratios(ratios: Sequence[float], budget: float, temperature: float) -> list[float]:
+    """Keep ratios between those given (0) and uniform ones (1): `temperature * budget + (1 - temperature) * ratio`.
+
+    The mean stays the budget, and ratios that were nested over the budgets stay nested.
 
     Args:
         ratios: keep ratio of each layer, whose mean is the budget.
         budget: in (0, 1].
-        floor: in [0, 1].
+        temperature: in [0, 1].
     """
-    return [floor * budget + (1.0 - floor) * ratio for ratio in ratios]
+    return [temperature * budget + (1.0 - temperature) * ratio for ratio in ratios]
 
 
-def raise_counts_to_floor(counts: Sequence[int], floor: float) -> list[int]:
+def temper_counts(counts: Sequence[int], temperature: float) -> list[int]:
     """The same on the whole numbers of one prompt: the total stays, the largest remainders are rounded up.
 
     Args:
         counts: pairs that each layer keeps.
-        floor: in [0, 1].
+        temperature: in [0, 1].
     """
-    if floor == 0.0 or not counts:
+    if temperature == 0.0 or not counts:
         return list(counts)
     total = sum(counts)
-    shares = [floor * total / len(counts) + (1.0 - floor) * count for count in counts]
+    shares = [temperature * total / len(counts) + (1.0 - temperature) * count for count in counts]
     whole = [int(share) for share in shares]
     # Of equal remainders, the lower layer goes first.
     by_remainder = sorted(range(len(counts)), key=lambda layer: (whole[layer] - shares[layer], layer))

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 
 from .bundled import bundled_dir
+from .calibrated_for import calibrated_ranking
 
 FORMAT = "prefixkv-profile"
 FORMAT_VERSION = 1
@@ -128,7 +129,8 @@ class PrefixProfile:
             with row means within 0.005 of the budgets; nested lists will do.
         metadata: string to string. What the class knows itself (`format`, `format_version`, `n_layers`,
             `library_version`) is filled in where it is absent; of `model`, `method`, `queries`, `source`, `samples`
-            and `created`, what is absent becomes `"unknown"`. Further keys are kept.
+            and `created`, what is absent becomes `"unknown"`. `ranking`, where it is there, is what
+            `calibrated_for.write_ranking` writes; where it is not, the plain ranking is meant. Further keys are kept.
 
     Raises:
         ProfileError: one of the rules above is broken; the message names the field and the rule.
@@ -386,12 +388,25 @@ def _complete_metadata(given: Mapping[str, str], n_layers: int) -> dict[str, str
             f"n_layers: is {_shown(metadata['n_layers'])}; expected '{n_layers}', the layers that keep has"
         )
     queries = metadata["queries"]
-    if queries not in ("all", _UNKNOWN) and not _NATURAL.fullmatch(queries):
+    if queries not in ("all", "text", _UNKNOWN) and not _NATURAL.fullmatch(queries):
         raise ProfileError(
-            f"queries: is {_shown(queries)}; expected 'all', or how many of the prompt's last tokens count"
+            f"queries: is {_shown(queries)}; expected 'all', 'text', or how many of the prompt's last tokens count"
         )
+    _check_ranking(metadata)
     _encode_header(metadata, MAX_BUDGETS, MAX_LAYERS)  # what can be made can be saved, and what is saved can be loaded
     return metadata
+
+
+def _check_ranking(metadata: Mapping[str, str]) -> None:
+    """Refuse a ranking that cannot be read. One without queries would be half of one, and means nothing."""
+    if "ranking" not in metadata:
+        return
+    if metadata["queries"] == _UNKNOWN:
+        raise ProfileError("queries: is 'unknown'; expected whose attention counts, as ranking is there")
+    try:
+        calibrated_ranking(metadata)
+    except ValueError as error:
+        raise ProfileError(f"ranking: {error}") from None
 
 
 def _is_text(value: object) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .calibrated_for import calibrated_ranking, spell_cache, spell_ranking
 from .profile import MAX_FALL, MAX_MEAN_ERROR, PrefixProfile, check_budget
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -58,7 +59,9 @@ def _metadata_lines(profile: PrefixProfile) -> list[str]:
     metadata = {key: value for key, value in sorted(profile.metadata.items()) if key != "spread"}
     width = max(map(len, metadata))
     # Somebody else's text goes to a terminal: one line, and no control characters.
-    return [f"{_plain(key):<{width}}  {_plain(value)}" for key, value in metadata.items()]
+    lines = [f"{_plain(key):<{width}}  {_plain(value)}" for key, value in metadata.items()]
+    ranking = calibrated_ranking(metadata)
+    return lines if ranking is None else [*lines, "", f"for a cache that ranks alike: {spell_cache(ranking)}"]
 
 
 def _plain(text: str) -> str:
@@ -158,7 +161,7 @@ def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float
     metadata = profile.metadata
     title = name if metadata["model"] == "unknown" else metadata["model"]
     panel.set_title(
-        f"{_plain(title)}\nqueries: {metadata['queries']}, samples: {metadata['samples']}",
+        f"{_plain(title)}\n{_made_for(metadata)}, samples: {_plain(metadata['samples'])}",
         fontsize=10,
         loc="left",
         parse_math=False,
@@ -170,6 +173,11 @@ def _draw(panel: Any, name: str, profile: PrefixProfile, budgets: Sequence[float
     panel.grid(True, linewidth=0.4, alpha=0.4)
     panel.spines[["top", "right"]].set_visible(False)
     panel.text(1.0, 1.005, "budget", transform=panel.transAxes, fontsize=8, ha="right", va="bottom", color="0.4")
+
+
+def _made_for(metadata: Mapping[str, str]) -> str:
+    ranking = calibrated_ranking(metadata)
+    return "queries: unknown" if ranking is None else spell_ranking(ranking)
 
 
 def _apart(heights: Sequence[float], distance: float = 0.036) -> list[float]:

@@ -8,15 +8,23 @@ papers': the mean over the heads, and nothing else.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK, _BLOCKS_AT_ONCE = 1024, 8  # keys compared with each other, and how many such tables (4 MiB each) at a time
+from .distributed import ALONE, HeadRanks
+
+_PIECE_BYTES = 16 * 2**20  # of keys or values that stand in float32 at a time
+_BLOCK = 1024  # keys that are compared with each other
+_STRIP, _STRIPS_AT_ONCE = 128, 8  # of which so many with all better ones: a table of at most 512 KiB, 8 at a time
 _SKETCH = 32
+_THE_SAME = 1.0 - 2e-6  # a cosine similarity of unit vectors of 32 numbers that float32 cannot tell from 1
+_WINDOW = 32  # last tokens that count where no text has seen the image, as many as the queries of the default
 AVERAGES = ("sum", "visible")
 HEADS = ("mean", "max", "each")
 
@@ -26,8 +34,8 @@ class Ranking:
     """How the keys of a layer are ranked. Checked when it is made.
 
     Attributes:
-        queries: whose attention counts: `"all"` prompt tokens, `"text"`: those behind the first image, or an integer W:
-            the last W real tokens.
+        queries: whose attention counts: `"all"` prompt tokens, `"text"`: those behind the first image (see
+            `text_queries`), or an integer W: the last W real tokens.
         average: `"sum"` over these queries (the papers), or `"visible"`: divided by how many of them can see the key.
         heads: `"mean"` over the heads (the papers), `"max"`, or `"each"`: every key head keeps keys of its own, as many
             as the others (SnapKV, H2O).
@@ -74,7 +82,15 @@ class Ranking:
         return self.heads != "each" and (self.by_head or self.diversity > 0 or self.novelty > 0)
 
 
-def rank_keys(importance: Tensor, keys: Tensor, values: Tensor, ranking: Ranking, real: Tensor | None = None) -> Tensor:
+@torch.no_grad()
+def rank_keys(
+    importance: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ranking: Ranking,
+    real: Tensor | None = None,
+    ranks: HeadRanks = ALONE,
+) -> Tensor:
     """The scores by which keys are kept, from their importance.
 
     Args:
@@ -82,21 +98,43 @@ def rank_keys(importance: Tensor, keys: Tensor, values: Tensor, ranking: Ranking
         keys, values: [batch, kv_heads, n, head_dim], looked at only where the ranking needs them.
         ranking: what to do.
         real: bool [batch, n], False at padding. None: no padding.
+        ranks: who holds the other heads, where heads agree on keys. `[batch, 1, n]` importance is of all heads already.
 
     Returns:
         float32 [batch, kv_heads, n] with `heads="each"`, else [batch, 1, n]; not negative.
     """
     scores = importance
     if ranking.value_norm:
-        scores = scores * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        scores = scores * vector_norms(values)
     if ranking.pooling > 1:
         scores = pool_neighbours(scores, ranking.pooling, real)
+    if ranking.by_head:
+        scores = ranks.gather(scores)
     scores = join_heads(scores, ranking.heads)
     if ranking.diversity:
-        scores = mix_in_diversity(scores, keys, ranking.diversity, real)
+        scores = mix_in_diversity(scores, keys, ranking.diversity, real, ranks)
     if ranking.novelty:
-        scores = discount_repetition(scores, values, ranking.novelty, real)
+        scores = discount_repetition(scores, values, ranking.novelty, real, ranks)
     return scores
+
+
+def text_queries(image: Tensor, real: Tensor | None = None) -> Tensor:
+    """Whose attention counts with `queries="text"`: the text behind the first image, bool [batch, n].
+
+    A row without an image goes by all its text. In a row that ends in an image no text has seen that image, and nothing
+    could be said of its keys: there the last 32 tokens count too, whatever they are. So the last token always counts,
+    and every key is seen by somebody who counts.
+
+    Args:
+        image: bool [batch, n], True at image tokens.
+        real: bool [batch, n], False at padding. None: no padding.
+    """
+    real = torch.ones_like(image) if real is None else real
+    image, text = image & real, ~image & real
+    counting = text & ((image.cumsum(1) > 0) | ~image.any(1, keepdim=True))
+    order = real.cumsum(1)
+    ends_in_image = (image & (order == order[:, -1:])).any(1, keepdim=True)
+    return counting | (ends_in_image & real & (order > order[:, -1:] - _WINDOW))
 
 
 def pool_neighbours(scores: Tensor, width: int, real: Tensor | None = None) -> Tensor:
@@ -120,7 +158,19 @@ def join_heads(scores: Tensor, how: str) -> Tensor:
     return scores.amax(1, keepdim=True) if how == "max" else scores.mean(1, keepdim=True)
 
 
-def mix_in_diversity(scores: Tensor, keys: Tensor, share: float, real: Tensor | None = None) -> Tensor:
+def vector_norms(vectors: Tensor) -> Tensor:
+    """The L2 norm of each vector: [batch, heads, n, size] -> float32 [batch, heads, n]."""
+    norms = torch.empty(vectors.shape[:3], dtype=torch.float32, device=vectors.device)
+    for rows, heads, spans in _pieces(vectors):
+        for span in spans:
+            # In half precision the squares would overflow.
+            norms[rows, heads, span] = torch.linalg.vector_norm(vectors[rows, heads, span].float(), dim=-1)
+    return norms
+
+
+def mix_in_diversity(
+    scores: Tensor, keys: Tensor, share: float, real: Tensor | None = None, ranks: HeadRanks = ALONE
+) -> Tensor:
     """Replace a share of each score by how far the key points away from the mean direction of the layer's keys.
 
     Both parts are put on a scale from 0 to 1 first, as the sum of a row, so that `share` means what it says.
@@ -130,17 +180,50 @@ def mix_in_diversity(scores: Tensor, keys: Tensor, share: float, real: Tensor | 
         keys: [batch, heads, n, head_dim].
         share: in [0, 1].
         real: bool [batch, n] or None.
+        ranks: who holds the other heads, where one row of scores is for all of them.
     """
-    direction = F.normalize(keys.float(), dim=-1)
     weight = torch.ones_like(scores[:, :1]) if real is None else real[:, None].to(scores.dtype)
-    mean = (direction * weight[..., None]).sum(2, keepdim=True) / weight.sum(-1)[..., None, None].clamp_min(1.0)
-    # Rounding takes a cosine beyond 1 where all keys are alike.
-    away = (1.0 - F.cosine_similarity(direction, mean, dim=-1)).clamp_min(0.0)
+    away = ranks.gather(_away_from_mean(keys, weight))
     away = join_heads(away, "mean" if scores.shape[1] == 1 else "each") * weight
     return (1.0 - share) * _to_one(scores) + share * _to_one(away)
 
 
-def discount_repetition(scores: Tensor, values: Tensor, exponent: float, real: Tensor | None = None) -> Tensor:
+def _away_from_mean(keys: Tensor, weight: Tensor) -> Tensor:
+    """1 minus the cosine similarity of each key with the mean direction of its head: float32 [batch, heads, n].
+
+    Directions are never written out: with the norms beside, both the mean and the similarities are products of the keys
+    as they are, a piece of them at a time.
+
+    Args:
+        keys: [batch, heads, n, head_dim].
+        weight: float32 [batch, 1, n], 1 or, at padding, 0.
+    """
+    away = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    for rows, heads, spans in _pieces(keys):
+        away[rows, heads] = 1.0 - _similarity_to_mean(keys[rows, heads], weight[rows], spans)
+    return away.clamp_min_(0.0)  # rounding takes a cosine beyond 1 where all keys are alike
+
+
+def _similarity_to_mean(keys: Tensor, weight: Tensor, spans: list[slice]) -> Tensor:
+    """What `_away_from_mean` is 1 minus of, for one piece, by spans of n where even that is large."""
+    if len(spans) == 1:
+        keys = keys.float()  # once for both passes
+    similarity = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    mean: Any = 0.0
+    for span in spans:
+        part = keys[:, :, span].float()
+        similarity[..., span] = torch.linalg.vector_norm(part, dim=-1).clamp_min_(1e-12).reciprocal_()
+        mean = mean + (similarity[..., span] * weight[..., span])[:, :, None] @ part
+    mean = mean / weight.sum(-1)[..., None, None].clamp_min(1.0)
+    mean = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-8)  # opposite keys have none
+    for span in spans:
+        similarity[..., span] *= (keys[:, :, span].float() @ mean.transpose(-1, -2)).squeeze(-1)
+    return similarity
+
+
+def discount_repetition(
+    scores: Tensor, values: Tensor, exponent: float, real: Tensor | None = None, ranks: HeadRanks = ALONE
+) -> Tensor:
     """Each score times `(1 - s) ** exponent`, s being how much the key's value repeats that of a better-ranked key.
 
     s is the largest cosine similarity with the value of a key of higher score (ties: the lower column), at least 0. A
@@ -154,46 +237,92 @@ def discount_repetition(scores: Tensor, values: Tensor, exponent: float, real: T
         values: [batch, heads, n, head_dim].
         exponent: 0 or more.
         real: bool [batch, n], False at padding. None: no padding.
+        ranks: who holds the other heads, where one row of scores is for all of them.
     """
-    sketch = _sketch(values.transpose(1, 2).flatten(2)[:, None] if scores.shape[1] == 1 else values)
+    sketch = _sketch(values.transpose(1, 2).flatten(2)[:, None] if scores.shape[1] == 1 else values, ranks)
     if real is None:
         return scores * (1.0 - _repetition(scores, sketch)) ** exponent
-    discounted = scores.clone()
-    # Row by row, each over its own tokens: what a row keeps must not depend on how it was padded.
-    for row, own in enumerate(real):
-        of_row = scores[row, :, own]
-        repetition = _repetition(of_row[None], sketch[row, :, own][None])[0]
-        discounted[row, :, own] = of_row * (1.0 - repetition) ** exponent
-    return discounted
+    # The blocks are of a row's own tokens: what it keeps must not depend on how it was padded.
+    own_first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, None].expand_as(scores)
+    ranked = scores.masked_fill(~real[:, None], -1.0).gather(2, own_first)
+    repetition = _repetition(ranked, sketch.gather(2, own_first[..., None].expand_as(sketch)))
+    repetition = torch.empty_like(repetition).scatter_(2, own_first, repetition)
+    return torch.where(real[:, None], scores * (1.0 - repetition) ** exponent, scores)
 
 
-def _sketch(values: Tensor) -> Tensor:
-    """[..., size] -> unit vectors [..., at most 32] of about the same cosine similarities (Johnson-Lindenstrauss)."""
-    if values.shape[-1] > _SKETCH:
-        # The same on every device and rank.
-        source = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (values.shape[-1], _SKETCH), generator=source) * 2 - 1
-        values = values @ signs.to(values)
+def _sketch(values: Tensor, ranks: HeadRanks = ALONE) -> Tensor:
+    """[batch, heads, n, size] -> unit vectors [batch, heads, n, at most 32] of about the same cosine similarities.
+
+    (Johnson-Lindenstrauss.) Of several ranks, each holds one part of the same long vectors, `heads` being 1: their
+    projections add up, so that no more than 32 numbers of a key go from rank to rank.
+    """
+    size = values.shape[-1]
+    if size * ranks.count > _SKETCH:
+        signs = _signs(size * ranks.count, values.dtype, values.device)
+        values = values @ signs[size * ranks.place : size * (ranks.place + 1)]
+        if ranks.count > 1:
+            values = ranks.gather(values).sum(1, keepdim=True)
+    elif ranks.count > 1:
+        values = ranks.gather(values).transpose(1, 2).flatten(2)[:, None]
     return F.normalize(values.float(), dim=-1)
 
 
+@lru_cache(maxsize=8)
+def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 and -1 by chance, [size, 32], the same on every device and rank.
+
+    Kept, since all layers ask for the same: drawing them takes longer than using them.
+    """
+    with torch.inference_mode(False):  # else who asked first would decide what others may do with it
+        source = torch.Generator().manual_seed(0)
+        return (torch.randint(0, 2, (size, _SKETCH), generator=source) * 2 - 1).to(device, dtype)
+
+
 def _repetition(scores: Tensor, sketch: Tensor) -> Tensor:
-    """Largest similarity with a better-ranked key of the same block, in [0, 1]: [batch, heads, n]."""
+    """Largest similarity with a better-ranked key of the same block, in [0, 1]: [batch, heads, n].
+
+    Args:
+        scores: [batch, heads, n]; -1, less than any score, where there is no key.
+        sketch: unit vectors [batch, heads, n, size].
+    """
     batch, heads, n = scores.shape
-    width = min(n, _BLOCK)
+    width = max(1, min(n, _BLOCK))
     padding = -n % width
-    # Padding ranks last, so it is nobody's better.
-    ranked = F.pad(scores.flatten(0, 1), (0, padding), value=-1.0).view(-1, width)
-    blocks = F.pad(sketch.flatten(0, 1), (0, 0, 0, padding)).view(len(ranked), width, -1)
+    if padding:
+        scores, sketch = F.pad(scores, (0, padding), value=-1.0), F.pad(sketch, (0, 0, 0, padding))
+    ranked, blocks = scores.reshape(-1, width), sketch.reshape(-1, width, sketch.shape[-1])
     order = ranked.argsort(dim=1, descending=True, stable=True)
     blocks = blocks.gather(1, order[..., None].expand_as(blocks))
     repetition = torch.empty_like(ranked)
-    for some in torch.arange(len(blocks)).split(_BLOCKS_AT_ONCE):
-        piece = blocks[some[0] : some[-1] + 1]
-        # Best first, so the better-ranked ones stand left of the diagonal.
-        repetition[some[0] : some[-1] + 1] = (piece @ piece.transpose(1, 2)).tril_(-1).amax(-1)
+    for block in range(0, len(blocks), _STRIPS_AT_ONCE):
+        some = slice(block, block + _STRIPS_AT_ONCE)
+        for start in range(0, width, _STRIP):
+            # Best first, so the better-ranked ones stand left of the diagonal, and nothing behind it is looked at.
+            strip = slice(start, start + _STRIP)
+            better = blocks[some, : strip.stop].transpose(1, 2)
+            repetition[some, strip] = (blocks[some, strip] @ better).tril_(start - 1).amax(-1)
+    # Where a value is there twice, rounding must not say how much of it is new.
+    repetition.masked_fill_(repetition > _THE_SAME, 1.0)
     repetition = torch.empty_like(repetition).scatter_(1, order, repetition)
-    return repetition.view(batch, heads, n + padding)[..., :n].clamp(0.0, 1.0)
+    return repetition.view(batch, heads, n + padding)[..., :n]
+
+
+def _pieces(vectors: Tensor) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Cut [batch, heads, n, size] into (rows, heads, spans of n), small enough for a copy in float32.
+
+    All heads of several rows at once where they fit; then fewer rows; then fewer heads; then a span of one head.
+    """
+    batch, heads, n, size = vectors.shape
+    own_bytes = vectors.numel() * vectors.element_size()
+    room = min(_PIECE_BYTES, max(_PIECE_BYTES // 16, own_bytes // 2)) // 4
+    fitting = max(1, room // max(1, n * size))
+    some = min(heads, fitting)
+    rows = max(1, fitting // heads)
+    step = max(1, room // (rows * some * size))
+    spans = [slice(start, start + step) for start in range(0, n, step)]
+    for row in range(0, batch, rows):
+        for head in range(0, heads, some):
+            yield slice(row, row + rows), slice(head, head + some), spans
 
 
 def _to_one(scores: Tensor) -> Tensor:

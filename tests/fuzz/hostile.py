@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from prefixkv_cache.calibrated_for import DEFAULT, write_ranking
 from prefixkv_cache.profile import PrefixProfile, ProfileError
 
 SECONDS, MEMORY, LONGEST_MESSAGE = 1.0, 256 * 2**20, 1000
@@ -80,7 +81,8 @@ def good(n_budgets: int = 3, n_layers: int = 3) -> PrefixProfile:
     lean = torch.linspace(-0.3, 0.3, n_layers, dtype=torch.float64) if n_layers > 1 else torch.zeros(1).double()
     budgets = torch.arange(1, n_budgets + 1, dtype=torch.float64) / n_budgets
     keep = budgets[:, None] + torch.minimum(budgets, 1 - budgets)[:, None] * lean
-    return PrefixProfile(budgets, keep, {"model": "tiny", "source": "mutations", "queries": "32"})
+    metadata = {"model": "tiny", "source": "mutations", "queries": "32", "ranking": write_ranking(DEFAULT)}
+    return PrefixProfile(budgets, keep, metadata)
 
 
 # Mutations: (bytes, random) -> bytes.

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ..bundled import bundled_dir
-from ..cache import PrefixKVCache
+from ..cache import PAPER, PrefixKVCache
 from ..generate import Answer, answer
 from ..loading import image_positions, load_model, prepare
 from ..profile import PrefixProfile
@@ -82,16 +82,16 @@ def run_demo(seed: int, out: str, model_name: str | None = None, threads: int = 
 
 
 def _settings(model: Any) -> list[Setting]:
-    """The full cache, then for each budget: the bundled profile if there is one, and the search on the prompt."""
+    """The full cache; for each budget the bundled profile if there is one, the search on the prompt, and the paper."""
     settings = [Setting("full cache (DynamicCache)", 1.0, lambda: DynamicCache(config=model.config))]
-    variants: list[tuple[str, dict[str, Any]]] = []
+    variants: list[tuple[str, Mapping[str, Any]]] = []
     if MODEL in PrefixProfile.available():
         variants.append(("profile", {"profile": MODEL}))
-    variants += [("search", {"profile": None}), ("search, queries=all", {"profile": None, "queries": "all"})]
+    variants += [("search", {"profile": None}), ("the paper's rule", PAPER)]
     for name, options in variants:
         for budget in BUDGETS:
             # Defaults bind the loop's values; a closure would see the last ones only.
-            def make(budget: float = budget, options: dict[str, Any] = options) -> Cache:
+            def make(budget: float = budget, options: Mapping[str, Any] = options) -> Cache:
                 return PrefixKVCache(budget=budget, config=model.config, **options)
 
             settings.append(Setting(name, budget, make))

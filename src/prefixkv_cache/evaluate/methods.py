@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from ..cache import PrefixKVCache, image_mask_of
 from ..profile import PrefixProfile
 
 FULL = "full"
-NAMES = (FULL, "prefixkv", "online", *BASELINES)
-DEFAULT = ("prefixkv", "online", "elastic", "h2o", "streaming", "snapkv", "pyramid", "uniform")
+PAPER_METHOD = "paper"
+WITH_PROFILE = ("prefixkv", PAPER_METHOD)  # these may name one by an option
+NAMES = (FULL, "prefixkv", "online", PAPER_METHOD, *BASELINES)
+DEFAULT = ("prefixkv", "online", PAPER_METHOD, "elastic", "h2o", "streaming", "snapkv", "pyramid", "uniform")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Method:
         name: as it was spelled, options included.
         base: one of `NAMES`.
         options: for the constructor of the cache.
-        profile: of `prefixkv`; None: the bundled one of the model.
+        profile: of `prefixkv`, where None is the bundled one of the model, and of `paper`, where None is a search on
+            the prompt.
     """
 
     name: str
@@ -57,7 +61,9 @@ class Method:
             options["image_mask"] = image_mask_of(inputs, model.config)
         try:
             if self.base != "prefixkv":
-                return _class(self.base)(budget=budget, config=model.config, **options)
+                if self.profile is not None:
+                    options["profile"] = self.profile
+                return _maker(self.base)(budget=budget, config=model.config, **options)
             if self.profile is not None:
                 return PrefixKVCache(self.profile, budget, config=model.config, **options)
             cache = PrefixKVCache.for_model(model, budget, **options)
@@ -76,7 +82,8 @@ def parse_methods(text: str, *, profile: str | None = None, as_published: bool =
 
     Args:
         text: names with commas between, each with options after a colon and semicolons between: `a,b:x=1;y=none`.
-        profile: file or bundled name, for `prefixkv` where it names none by an option of its own.
+        profile: file or bundled name, for `prefixkv` where it names none by an option of its own. `paper` takes one
+            only by its option: a profile is not the paper's unless it was made with all queries.
         as_published: give the option `as_published=True` to every method that has it.
 
     Raises:
@@ -96,21 +103,23 @@ def _parse(text: str, profile: str | None, as_published: bool) -> Method:
     if base not in NAMES:
         raise ValueError(f"there is no method {base!r}; there are {', '.join(NAMES)}")
     options = dict(_option(text, part) for part in rest.split(";") if part)
-    if base == "prefixkv":
+    if base != "prefixkv":
+        profile = None  # what --profile names is not the papers'
+    if base in WITH_PROFILE:
         profile = options.pop("profile", profile)
     known = [] if base == FULL else _option_names(_class(base))
     if unknown := [name for name in options if name not in known]:
-        extra = ["profile"] if base == "prefixkv" else []
+        extra = ["profile"] if base in WITH_PROFILE else []
         there = f"there are {', '.join([*extra, *known])}" if known else "it takes none"
         raise ValueError(f"method {text!r} has no option {unknown[0]!r}; {there}")
     if as_published and "as_published" in known:
         options.setdefault("as_published", True)
     loaded = None
-    if base == "prefixkv" and profile is not None:
+    if profile is not None:
         loaded = PrefixProfile.load(str(profile))
     if base != FULL:
         try:  # values that no model is needed for to refuse
-            _class(base)(budget=0.5, **options)
+            _maker(base)(budget=0.5, **options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"method {text!r}: {error}") from error
     return Method(text, base, options, loaded)
@@ -138,9 +147,11 @@ def _value(text: str) -> Any:
 
 
 def _class(base: str) -> type[PrefixKVCache]:
-    if base in ("prefixkv", "online"):
-        return PrefixKVCache
-    return BASELINES[base]
+    return BASELINES.get(base, PrefixKVCache)
+
+
+def _maker(base: str) -> Callable[..., PrefixKVCache]:
+    return PrefixKVCache.paper if base == PAPER_METHOD else _class(base)
 
 
 def _option_names(kind: type) -> list[str]:

@@ -1,7 +1,8 @@
 """Run a model over one prompt, with the full cache and with pruned ones, and write down what there is to see.
 
-Knows models and caches, and nothing of pages: the result is a `Report`, plain data. One forward is watched for the
-importances (observe.py), then every cache answers once and is looked at between its prompt and its first new token.
+Knows models and caches, and nothing of pages: the result is a `Report`, plain data. A forward is watched for the
+attention, and one for the scores where the cache ranks keys by more than that (observe.py); then every cache answers
+once and is looked at between its prompt and its first new token.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from transformers.cache_utils import Cache
 from ..architecture import PRUNABLE, cache_layers
 from ..cache import PrefixKVCache
 from ..calibrate import describe_model
+from ..calibrated_for import explain_mismatch, plain_ranking
 from ..generate import Answer, answer, cache_bytes
 from ..loading import image_positions, prepare
 from ..observe import observe
 from ..profile import check_budget
+from ..scoring import Ranking
 from ..threshold import search_threshold
 from .grid import ImageTokens, place_images
 
@@ -52,10 +55,12 @@ class Pruned:
 
     Attributes:
         budget: fraction of the prompt's pairs kept, over the prunable layers.
-        threshold: of the search on this prompt, at this budget: the attention mass that it lets every layer reach.
+        threshold: of the search on this prompt, at this budget: the share of its scores that it lets every layer reach.
         kept: for each prunable layer, the columns of the prompt that it kept, rising.
         mass: for each prunable layer, the share of the attention that the kept ones received.
-        nbytes: of the KV tensors, spare room included, before the first new token.
+        missed: for each prunable layer, the share of the scores that the pruned ones had; may be far below float32's
+            last bit of 1.
+        nbytes: of the KV tensors, before the first new token.
         answer: what was generated.
         agrees: how many characters the answer has in common with the full cache's, from its beginning.
     """
@@ -64,6 +69,7 @@ class Pruned:
     threshold: float
     kept: list[list[int]]
     mass: list[float]
+    missed: list[float]
     nbytes: int
     answer: Answer
     agrees: int
@@ -76,14 +82,16 @@ class Report:
     Attributes:
         model: name of the model, without the path to it.
         prompt: as the user gave it.
-        queries: whose attention counted: `"all"`, or the last so many prompt tokens.
+        ranking: what the caches ranked keys by.
         source: where the lengths came from: the name of a profile, or None for the search on the prompt.
         tokens: of the whole prompt as the model read it, as text, image tokens included.
         image_columns: where in it image tokens stand; none where the model's config names no such token.
         pictures: in the order of the prompt.
         layers: index of each prunable layer among the decoder's cache layers.
         n_whole: how many other layers there are, which are left whole.
-        importance: float32 [n_prunable_layers, n_tokens], each layer's sum 1.
+        importance: the attention that each key received from the queries of the ranking, float32 [n_prunable_layers,
+            n_tokens], each layer's sum 1.
+        scores: what ranked the keys, likewise; the importance itself where the ranking is plain.
         full_bytes: of the full cache's KV tensors, before the first new token.
         full: what the model says with the full cache.
         pruned: for each budget, falling.
@@ -91,7 +99,7 @@ class Report:
 
     model: str
     prompt: str
-    queries: int | str
+    ranking: Ranking
     source: str | None
     tokens: list[str]
     image_columns: list[int]
@@ -99,6 +107,7 @@ class Report:
     layers: list[int]
     n_whole: int
     importance: Tensor
+    scores: Tensor
     full_bytes: int
     full: Answer
     pruned: list[Pruned]
@@ -111,7 +120,6 @@ def collect_report(
     pictures: Sequence[tuple[str, Image.Image]],
     budgets: Sequence[float],
     *,
-    queries: int | str = 32,
     max_new_tokens: int = 128,
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
@@ -124,10 +132,10 @@ def collect_report(
         prompt: the question.
         pictures: (name, picture), in order.
         budgets: fractions kept, each in (0, 1].
-        queries: whose attention counts.
         max_new_tokens: of each answer.
         say: told what is being done.
-        options: further arguments of `PrefixKVCache.for_model`, such as `profile`.
+        options: further arguments of `PrefixKVCache.for_model`, such as `profile` and `queries`; `**PAPER` for the
+            paper's rule.
 
     Raises:
         TypeError, ValueError: no budgets, or some outside (0, 1]; a model whose cache cannot be pruned.
@@ -140,12 +148,10 @@ def collect_report(
     ids = inputs["input_ids"][0].tolist()
 
     say("watching the prompt's attention")
-    importance = observe(model, inputs, queries=queries)[0]
-    if importance.shape[1] != len(ids):
-        raise ValueError(
-            f"the model makes {importance.shape[1]} keys of a prompt of {len(ids)} tokens, so none can be pointed at"
-        )
-    importance = importance / importance.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    ranking = PrefixKVCache.for_model(model, budgets[0], **options).ranking
+    plain = plain_ranking(ranking.queries)
+    importance = _watch(model, inputs, plain)
+    scores = importance if ranking == plain else _watch(model, inputs, ranking)
 
     def run(cache: Cache, look: Callable[[], T]) -> tuple[Answer, T]:
         looked: list[T] = []
@@ -161,19 +167,20 @@ def collect_report(
     pruned, source = [], None
     for budget in budgets:
         say(f"answering with budget {budget:g}")
-        cache = PrefixKVCache.for_model(model, budget, queries=queries, **options)
-        source = None if cache.profile is None else cache.profile.metadata["model"]
+        cache = PrefixKVCache.for_model(model, budget, **options)
+        source = _source(cache)
         said, (kept, nbytes) = run(cache, partial(_held, cache, layers))
         mass = [float(row[columns].sum()) for row, columns in zip(importance, kept, strict=True)]
-        threshold = search_threshold(importance, budget, sink=cache.sink)[0]
+        missed = [_sum_without(row, columns) for row, columns in zip(scores, kept, strict=True)]
+        threshold = search_threshold(scores, budget, sink=cache.sink, floor=cache.floor, cap=cache.cap)[0]
         agrees = _common_start(said.text, full.text)
-        pruned.append(Pruned(budget, threshold, kept, mass, nbytes, said, agrees))
+        pruned.append(Pruned(budget, threshold, kept, mass, missed, nbytes, said, agrees))
 
     image_columns = image_positions(inputs, model.config)[0]
     return Report(
         model=describe_model(model)["model"],
         prompt=prompt,
-        queries=queries,
+        ranking=ranking,
         source=source,
         tokens=_texts(processor, ids),
         image_columns=image_columns,
@@ -181,10 +188,30 @@ def collect_report(
         layers=layers,
         n_whole=len(kinds) - len(layers),
         importance=importance,
+        scores=scores,
         full_bytes=full_bytes,
         full=full,
         pruned=pruned,
     )
+
+
+def _watch(model: Any, inputs: Any, ranking: Ranking) -> Tensor:
+    """What a ranking gives each key of the prompt, as a share of its layer: float32 [n_prunable_layers, n_tokens]."""
+    scores, n_tokens = observe(model, inputs, ranking=ranking)[0], inputs["input_ids"].shape[1]
+    if scores.shape[1] != n_tokens:
+        raise ValueError(
+            f"the model makes {scores.shape[1]} keys of a prompt of {n_tokens} tokens, so none can be pointed at"
+        )
+    return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _source(cache: PrefixKVCache) -> str | None:
+    """The name of the cache's profile, and whether it was made for another ranking."""
+    if cache.profile is None:
+        return None
+    name = cache.profile.metadata["model"]
+    differs = explain_mismatch(cache.profile.metadata, cache.ranking) is not None
+    return f"{name}, made for another ranking" if differs else name
 
 
 class _AfterPrompt(StoppingCriteria):
@@ -202,6 +229,12 @@ class _AfterPrompt(StoppingCriteria):
 
 def _held(cache: PrefixKVCache, layers: Sequence[int]) -> tuple[list[list[int]], int]:
     return [sorted(cache.kept_positions(layer)[0].tolist()) for layer in layers], cache.nbytes
+
+
+def _sum_without(row: Tensor, columns: Sequence[int]) -> float:
+    left = torch.ones_like(row, dtype=torch.bool)
+    left[columns] = False
+    return float(row[left].sum(dtype=torch.float64))
 
 
 def _common_start(text: str, other: str) -> int:

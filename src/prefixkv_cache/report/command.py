@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cache import PrefixKVCache
+from ..generate import cache_options
 from ..loading import open_image
 from ..profile import check_budget
 from .collect import collect_report
@@ -34,19 +34,17 @@ def run_report(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1; got {arguments.max_new_tokens}")
     budgets = [check_budget(budget) for budget in arguments.budgets or BUDGETS]
-    PrefixKVCache(arguments.profile, queries=arguments.queries)
+    options = cache_options(arguments)
     pictures = [(Path(path).name, open_image(path)) for path in arguments.image]
 
     _say(f"loading {arguments.model}")
     model, processor = load()
-    options = {} if arguments.profile is None else {"profile": arguments.profile}
     report = collect_report(
         model,
         processor,
         arguments.prompt,
         pictures,
         budgets,
-        queries=arguments.queries,
         max_new_tokens=arguments.max_new_tokens,
         say=_say,
         **options,

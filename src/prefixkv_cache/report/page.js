@@ -5,7 +5,7 @@
   const RAMP = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"].map(
     (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
   const VEIL = "rgba(9, 10, 15, 0.84)", EDGE = "#ffb224";
-  const state = { budget: 0, layer: 0 };
+  const state = { budget: 0, layer: 0, curves: 0 };
   const find = (id) => document.getElementById(id);
 
   // Numbers.
@@ -24,11 +24,13 @@
     });
     each.counts = data.layers.map((_, layer) => data.tokens.reduce((sum, _, token) => sum + each.keeps(layer, token), 0));
   }
-  const curveBytes = bytesOf(data.curves.mass), nPoints = data.curves.x.length;
-  const curve = (layer, point) => {
-    const at = 2 * (layer * nPoints + point);
-    return (curveBytes[at] + 256 * curveBytes[at + 1]) / 65535;
-  };
+  for (const each of data.curves) {
+    const bytes = bytesOf(each.heights);
+    each.height = (layer, point) => {
+      const at = 2 * (layer * each.x.length + point);
+      return (bytes[at] + 256 * bytes[at + 1]) / 65535;
+    };
+  }
   const keptOf = (columns, budget, layer) => columns.reduce((sum, token) => sum + budget.keeps(layer, token), 0);
   const percent = (ratio) => `${+(100 * ratio).toFixed(ratio < 0.01 ? 2 : 1)} %`;
   const size = (bytes) => bytes >= 2 ** 20 ? `${(bytes / 2 ** 20).toFixed(bytes >= 2 ** 27 ? 0 : 1)} MiB` : `${Math.round(bytes / 1024)} KiB`;
@@ -46,6 +48,13 @@
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     if (text !== null) element.textContent = text;
     return parent.appendChild(element);
+  }
+
+  function addChoice(parent, group, text, checked, choose) {
+    const label = make(parent, "label"), radio = make(label, "input", { type: "radio", name: group });
+    radio.checked = checked;
+    radio.addEventListener("change", choose);
+    make(label, "span", {}, text);
   }
 
   // Maps.
@@ -136,13 +145,7 @@
     let view = shown.views[0];
     if (shown.views.length > 1) {
       const choice = make(article, "div", { class: "views", role: "radiogroup", "aria-label": `${name}: which tokens` });
-      shown.views.forEach((each, index) => {
-        const label = make(choice, "label");
-        const radio = make(label, "input", { type: "radio", name: `view-${number}` });
-        radio.checked = index === 0;
-        radio.addEventListener("change", () => { view = each; show(); });
-        make(label, "span", {}, each.name);
-      });
+      shown.views.forEach((each, index) => addChoice(choice, `view-${number}`, each.name, index === 0, () => { view = each; show(); }));
     }
     const pair = make(article, "div", { class: "two" });
     const [kept, shares] = [0, 1].map(() => {
@@ -286,9 +289,8 @@
   const nines = (mass) => Math.min(-Math.log10(Math.max(1 - mass, 1e-4)) / 4, 1);
 
   function showMass(budget) {
-    const text = `Layer ${data.layers[state.layer]} keeps ${percent(budget.mass[state.layer])} of its attention; threshold of a search ${percent(budget.threshold)}`;
+    const text = `Layer ${data.layers[state.layer]} keeps ${percent(budget.mass[state.layer])} of its attention`;
     const svg = chart("mass", text, "layer", [0, 0.9, 0.99, 0.999, 0.9999].map((mass) => [nines(mass), `${+(100 * mass).toFixed(2)} %`]));
-    limit(svg, nines(budget.threshold));
     budget.mass.forEach((mass, i) => make(svg, "svg:circle", {
       class: `dot${here(i)}`, cx: across((i + 0.5) / nLayers), cy: up(nines(mass)), r: i === state.layer ? 6 : Math.min(4.5, 90 / nLayers + 1.5),
     }));
@@ -296,20 +298,46 @@
     hits(svg, budget.mass.map((mass, i) => `layer ${data.layers[i]}: ${(100 * mass).toFixed(2)} % of its attention`));
   }
 
+  // What ranked the keys comes first; where that was attention and nothing else, there is no second.
+  const STOPS = "A dot: where the layer stops. The dashed line is the threshold of a search on this prompt.";
+  const LEADS = data.curves.length === 1
+    ? [`Keys by the attention that they receive, the most first, one line a layer. ${STOPS}`]
+    : [
+      `How much of the score that ranks the keys is left out where only the best stay, one line a layer. ${STOPS}`,
+      "Keys by the attention that they receive, the most first, one line a layer. A dot: how many the layer keeps, and how much attention those hold; below the line, as the score is more than attention.",
+    ];
+
+  function addCurves() {
+    if (data.curves.length === 1) return;
+    const choice = make(find("curves-lead").parentElement, "div", { class: "views", role: "radiogroup", "aria-label": "Lines of" });
+    data.curves.forEach(({ of }, index) => addChoice(choice, "curves", of, index === 0, () => set("curves", index)));
+  }
+
+  const SMALL = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";
+  const power = (n) => n ? `10\u207b${[...String(n)].map((digit) => SMALL[digit]).join("")}` : "all";
+
   function showCurves(budget) {
-    const text = `Attention by keys in falling order of importance, layer ${data.layers[state.layer]} in front`;
-    const svg = chart("curves", text, "share of the prompt\u2019s keys", [0, 0.25, 0.5, 0.75, 1].map((part) => [part, `${100 * part} %`]));
+    const { of, decades, x, height } = data.curves[state.curves], first = state.curves === 0;
+    find("curves-title").textContent = `Where the ${of} goes`;
+    find("curves-lead").textContent = LEADS[state.curves];
+    const left = first ? budget.missed : budget.mass.map((mass) => 1 - mass);
+    const place = (missed) => decades ? Math.max(1 + Math.log10(Math.max(missed, 1e-99)) / decades, 0) : 1 - missed;
+    const tell = (missed) => decades ? `leaves out ${missed < 1e-16 ? "less than 1e-16" : missed.toExponential(1)}` : `keeps ${percent(1 - missed)}`;
+    const text = `Layer ${data.layers[state.layer]} ${tell(left[state.layer])} of the ${of}` + (first ? `; a search on this prompt ${tell(1 - budget.threshold)}` : "");
+    const quarters = [0, 0.25, 0.5, 0.75, 1];
+    const svg = chart("curves", text, "share of the prompt\u2019s keys", quarters.map((part) => [part, decades ? power(decades * (1 - part)) : `${100 * part} %`]));
     for (const part of [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]) {
       make(svg, "svg:text", { x: across(Math.sqrt(part)), y: H - BOTTOM + 17, "text-anchor": part === 1 ? "end" : "middle" }, `${100 * part} %`);
     }
     const order = data.layers.map((_, i) => i).filter((i) => i !== state.layer).concat(state.layer);
     for (const i of order) {
-      const points = data.curves.x.map((x, point) => `${across(Math.sqrt(x)).toFixed(1)} ${up(curve(i, point)).toFixed(1)}`);
+      const points = x.map((part, point) => `${across(Math.sqrt(part)).toFixed(1)} ${up(height(i, point)).toFixed(1)}`);
       make(svg, "svg:path", { class: `curve${here(i)}`, d: `M${points.join("L")}` });
     }
+    if (first) limit(svg, place(1 - budget.threshold));
     for (const i of order) {
       make(svg, "svg:circle", {
-        class: `dot${here(i)}`, cx: across(Math.sqrt(budget.counts[i] / nTokens)), cy: up(budget.mass[i]), r: i === state.layer ? 6 : 3,
+        class: `dot${here(i)}`, cx: across(Math.sqrt(budget.counts[i] / nTokens)), cy: up(place(left[i])), r: i === state.layer ? 6 : 3,
       });
     }
   }
@@ -413,6 +441,7 @@
     state.budget = Math.floor((data.budgets.length - 1) / 2);
     addTokens();
     addTables();
+    addCurves();
     if (data.pictures.length > 1) find("pictures-title").textContent = "The pictures";
     find("pictures-section").hidden = data.pictures.length === 0;
     const images = data.pictures.map((shown) => Object.assign(new Image(), { src: shown.source }));

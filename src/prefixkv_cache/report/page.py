@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import re
 import uuid
@@ -22,12 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..calibrated_for import plain_ranking, spell_ranking
 from .collect import Picture, Report
 
 LONGEST_EDGE = 1280
 """Pixels; a larger picture is shown smaller. The maps are drawn in the browser, at this size or below."""
 N_POINTS = 96
-"""Points of an importance curve; they lie closer where few keys are kept."""
+"""Points of a curve; they lie closer where few keys are kept."""
 
 
 def render_page(report: Report) -> str:
@@ -72,7 +74,7 @@ def _page_data(report: Report) -> dict[str, Any]:
         "imageColumns": report.image_columns,
         "pictures": [_picture(picture) for picture in report.pictures],
         "layers": report.layers,
-        "curves": _curves(report.importance),
+        "curves": _curves(report),
         "full": {"text": report.full.text, "nTokens": report.full.n_tokens, "nbytes": report.full_bytes},
         "budgets": [
             {
@@ -80,6 +82,7 @@ def _page_data(report: Report) -> dict[str, Any]:
                 "threshold": each.threshold,
                 "kept": _bits(each.kept, len(report.tokens)),
                 "mass": [round(mass, 6) for mass in each.mass],
+                "missed": [float(f"{missed:.4g}") for missed in each.missed],
                 "nbytes": each.nbytes,
                 "text": each.answer.text,
                 "nTokens": each.answer.n_tokens,
@@ -91,14 +94,16 @@ def _page_data(report: Report) -> dict[str, Any]:
 
 
 def _facts(report: Report) -> str:
-    last = "" if isinstance(report.queries, str) else "the last "
-    queries = f"{last}{report.queries} prompt tokens"
+    queries = report.ranking.queries
+    whose = f"{queries} prompt tokens" if isinstance(queries, str) else f"the last {queries} prompt tokens"
+    _, *others = spell_ranking(report.ranking).replace(":", "").split(", ")
+    ranked = ", ".join((f"keys ranked by the attention of {whose}", *others))
     layers = f"{len(report.layers)} layers"
     if report.n_whole:
         layers += f" pruned, {report.n_whole} left whole"
     source = f"lengths from the profile {report.source}" if report.source else "lengths searched on this prompt"
     image = f"{len(report.tokens)} prompt tokens, {len(report.image_columns)} of them image"
-    return " \u00b7 ".join((report.model, image, layers, source, f"importance by {queries}"))
+    return " \u00b7 ".join((report.model, image, layers, source, ranked))
 
 
 def _picture(picture: Picture) -> dict[str, Any]:
@@ -135,16 +140,36 @@ def _bits(kept: list[list[int]], n_tokens: int) -> str:
     return base64.b64encode(np.packbits(marks).tobytes()).decode()
 
 
-def _curves(importance: torch.Tensor) -> dict[str, Any]:
-    """For each layer, the mass of the most important keys, at shares of the keys that lie closer near 0.
+def _curves(report: Report) -> list[dict[str, Any]]:
+    """One or two sets of lines, a line for each layer: what its best keys hold together, by how many they are.
 
-    The masses are 16-bit integers, low byte first, 65535 for all the mass, one layer after the other, in base64.
+    First what ranked the keys; where that was more than attention, on a logarithmic scale of what is left out, since a
+    discount of repetition leaves almost all of the score to a few keys. Then the attention, unless that was the first.
     """
-    n_keys = importance.shape[1]
-    mass = torch.nn.functional.pad(importance.double().sort(1, descending=True).values.cumsum(1), (1, 0))
+    attention = _lines("attention", report.importance, 0)
+    if report.ranking == plain_ranking(report.ranking.queries):
+        return [attention]
+    smallest = min([1.0, *(missed for each in report.pruned for missed in each.missed if missed > 0)])
+    decades = 4 * min(max(math.ceil(-math.log10(smallest) / 4), 1), 4)
+    return [_lines("score", report.scores, decades), attention]
+
+
+def _lines(of: str, shares: torch.Tensor, decades: int) -> dict[str, Any]:
+    """Heights of the lines at numbers of keys that lie closer near 0.
+
+    They are 16-bit integers, low byte first, one layer after the other, in base64. Without decades 65535 stands for all
+    the mass and 0 for none; with them 65535 for all of it left out, and 0 for a share of 10 to the minus `decades`.
+    """
+    n_keys = shares.shape[1]
     counts = sorted({round(n_keys * (point / (N_POINTS - 1)) ** 2) for point in range(N_POINTS)})
-    levels = (mass[:, counts].clamp(0, 1) * 65535).round().to(torch.int64).numpy().astype("<u2")
+    # From the smallest up, so that what a few keys leave over is more than a rounding error.
+    left = shares.double().sort(1).values.cumsum(1).flip(1)
+    left = torch.nn.functional.pad(left / left[:, :1].clamp_min(torch.finfo(torch.float64).tiny), (0, 1))[:, counts]
+    heights = 1 + left.clamp_min(1e-99).log10() / decades if decades else 1 - left
+    levels = (heights.clamp(0, 1) * 65535).round().to(torch.int64).numpy().astype("<u2")
     return {
+        "of": of,
+        "decades": decades,
         "x": [round(count / n_keys, 6) for count in counts],
-        "mass": base64.b64encode(levels.tobytes()).decode(),
+        "heights": base64.b64encode(levels.tobytes()).decode(),
     }
