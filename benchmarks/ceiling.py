@@ -10,8 +10,9 @@ sample, over the same pairs of (layer, prompt token) and with the same total as 
 - *exchange*: from the better of these two, pairs inside and outside change places as long as the answer becomes more
   likely. Which ones are tried is told by the gradient at a gate on every pair, 1 for kept and 0 for pruned.
 
-What each finds is kept by a real cache that then writes freely, and marked as `prefixkv evaluate` does. The last row takes
-the best of the three for each sample. The best that was found is not the best there is: the ceiling is there or above.
+What each finds is kept by a real cache that then writes freely, and marked as `prefixkv evaluate` does. The last row
+takes the best of the three for each sample. The best that was found is not the best there is: the ceiling is there or
+above.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class Chosen(Method):
 class Gates:
     """An attention function with a gate on every pair of (layer, prompt token), before the answer's queries.
 
-    A gate multiplies the weight of its key in the softmax: 0 is as good as pruned, 1 as kept; and the gradient at 0 tells
-    what opening it would do, where that of a mask would be 0.
+    A gate multiplies the weight of its key in the softmax: 0 is as good as pruned, 1 as kept; and the gradient at 0
+    tells what opening it would do, where that of a mask would be 0.
 
     Attributes:
         values: float32 [rows, layers, n_prompt], or None: all open.
@@ -153,7 +154,7 @@ class Oracle:
         return (F.cross_entropy(logits.transpose(1, 2), self.answer, reduction="none") * self.there).sum(1)
 
     def gradient(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """nll of each row where these pairs are kept, and its gradient at all gates."""
+        """The nll of each row where these pairs are kept, and its gradient at all gates."""
         gates = chosen.float().requires_grad_()
         nll = self.nll(gates)
         return nll.detach(), torch.autograd.grad(nll.sum(), gates)[0]
@@ -169,7 +170,7 @@ class Oracle:
         return kept[..., :-1] & self.real[:, None]
 
     def by_attention(self, totals: Tensor) -> Tensor:
-        """So many pairs of each row, over all layers, that the answer attends to most: bool [rows, layers, n_prompt]."""
+        """The pairs that the answer attends to most, so many in each row: bool [rows, layers, n_prompt]."""
         with torch.inference_mode():
             self.nll(None)
         received = torch.stack([self.gates.received[layer] for layer in range(self.n_layers)], 1)
@@ -227,13 +228,20 @@ def measure(
     rows = batch.full()
     oracle = Oracle(model, batch)
     with torch.inference_mode():
-        open_gates = oracle.nll(None)
-    if not torch.allclose(open_gates, torch.tensor([row["nll"] for row in rows]).float(), rtol=1e-2, atol=1e-2):
-        raise RuntimeError("the model with all gates open does not say what it says without gates")
+        _check("the model with all gates open does not say what it says without", oracle.nll(None), rows)
     for budget in budgets:
         for name, chosen in oracle.search(method, budget, rounds).items():
-            rows += batch.method(Chosen(name, "online", {}, chosen=chosen), budget)
+            found = batch.method(Chosen(name, "online", {}, chosen=chosen), budget)
+            with torch.inference_mode():
+                _check("closed gates are not what pruning does", oracle.nll(chosen.float()), found)
+            rows += found
     return rows
+
+
+def _check(what: str, nll: Tensor, rows: Sequence[Mapping[str, Any]]) -> None:
+    expected = torch.tensor([row["nll"] for row in rows]).float()
+    if not torch.allclose(nll, expected, rtol=1e-2, atol=1e-2):
+        raise RuntimeError(f"{what}: nll {nll.tolist()}, expected {expected.tolist()}")
 
 
 def table(rows: Sequence[Mapping[str, Any]], budgets: Sequence[float]) -> str:
@@ -262,7 +270,7 @@ def table(rows: Sequence[Mapping[str, Any]], budgets: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="models/scene-llava")
     parser.add_argument("--data", default="scenes", help="scenes or boards")
     parser.add_argument("--tasks", default=",".join(TASKS))

@@ -105,7 +105,8 @@ def main() -> None:
         draw("Decoding", result, panels, arguments.out / "bench-decode.png")
     if result := newest(arguments.results, "prefill"):
         names = {"window": "32 queries", "all": "all queries", "search": "search on the prompt", "default": "default"}
-        panels = [("time of the prompt phase / DynamicCache", lambda row: True, lambda row: names[row["variant"]])]
+        whole = lambda row: row["batch"] == 1 and row["variant"] in names  # noqa: E731
+        panels = [("time of the prompt phase / DynamicCache", whole, lambda row: names[row["variant"]])]
         draw("Prompt phase", result, panels, arguments.out / "bench-prefill.png")
     if result := newest(arguments.results, "memory"):
         planned = lambda row: f"{row['budget']:g}{', planned' if row['max_new_tokens'] else ''}"  # noqa: E731

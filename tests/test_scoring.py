@@ -6,11 +6,14 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.profiler import ProfilerActivity, profile
 
 import rules
+from prefixkv_cache import scoring
 from prefixkv_cache.importance import attention_importance
 from prefixkv_cache.masks import readable
 from prefixkv_cache.scoring import (
@@ -297,6 +300,63 @@ def test_novelty_of_a_row_without_a_token():
     found = discount_repetition(scores * real[:, None], values, 8.0, real)
     assert torch.equal(found[:1], discount_repetition(scores[:1], values[:1], 8.0))
     assert (found[0] < scores[0]).any() and not found[1].any()
+
+
+@pytest.mark.parametrize("one_row_of_scores", [True, False])
+def test_novelty_of_a_long_batch_is_that_of_its_rows(one_row_of_scores):
+    """Padding anywhere, rows of several blocks: each row loses what it loses alone."""
+    source, n = random.Random(3), 2300
+    torch_source = torch.Generator().manual_seed(3)
+    for kind in ("left", "right", "holes"):
+        real = ragged(kind, 3, n, source)
+        scores = torch.rand(3, 1 if one_row_of_scores else 2, n, generator=torch_source) * real[:, None]
+        values = torch.randn(3, 2, n, 40, generator=torch_source).masked_fill(~real[:, None, :, None], math.nan)
+        found = discount_repetition(scores, values, 8.0, real)
+        for row, own in enumerate(real):
+            alone = discount_repetition(scores[row : row + 1, :, own], values[row : row + 1, :, own], 8.0)
+            torch.testing.assert_close(found[row : row + 1, :, own], alone, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 8.0])
+def test_what_is_there_twice_ties(exponent):
+    """The same value again is worth exactly nothing, so that the lower column stays and not what rounds best."""
+    source = torch.Generator().manual_seed(5)
+    values = torch.randn(1, 1, 40, 64, generator=source).repeat(1, 1, 30, 1)
+    scores = 1.0 - torch.arange(1200.0)[None, None] / 2400
+    found = discount_repetition(scores, values, exponent)
+    assert (found[..., 40:1024] == 0).all() and (found[..., :40] > 0).all()
+
+
+# A long layer is looked at in pieces.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [1, 700, 3000, 20000, 2**24])
+def test_the_pieces_of_a_layer_do_not_matter(monkeypatch, room, dtype):
+    """Rows, heads or tokens at a time: norms and distances are those of the whole, as torch's own functions say."""
+    source = torch.Generator().manual_seed(room)
+    keys = (torch.randn(3, 4, 50, 8, generator=source) + 0.5).to(dtype)
+    real = torch.arange(50) >= torch.tensor([[0], [13], [49]])
+    scores = torch.rand(3, 4, 50, generator=source) * real[:, None]
+    monkeypatch.setattr(scoring, "_PIECE_BYTES", room)
+    torch.testing.assert_close(scoring.vector_norms(keys), keys.float().norm(dim=-1))
+    direction = F.normalize(keys.float(), dim=-1) * real[:, None, :, None]
+    mean = direction.sum(2, keepdim=True) / real.sum(1)[:, None, None, None]
+    away = (1 - F.cosine_similarity(direction, mean, dim=-1)).clamp_min(0) * real[:, None]
+    away = away / away.sum(-1, keepdim=True).clamp_min(1e-30)
+    wanted = 0.5 * scores / scores.sum(-1, keepdim=True) + 0.5 * away
+    found = mix_in_diversity(scores, keys, 0.5, real)
+    torch.testing.assert_close(found[:2], wanted[:2], atol=1e-6, rtol=1e-4)  # one key is all of its mean: rounding
+
+
+def test_a_layer_is_ranked_in_less_than_its_own_memory():
+    """What the default's ranking holds at its peak, over the keys and values of the layer."""
+    keys, values = (torch.randn(1, 8, 2048, 64).bfloat16() for _ in range(2))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        rank_keys(torch.rand(1, 1, 2048), keys, values, Ranking(diversity=0.5, novelty=8.0))
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    assert max(held) < 2 * keys.nbytes
 
 
 def test_novelty_of_wide_values_is_about_the_same():
