@@ -44,7 +44,7 @@ class Rules:
     distance: int | None = 25
     slack: int = 0
     merge: str | None = None
-    text_floor: float = 1.0
+    text_floor: float = 0.5
     image: list | None = None  # row -> positions of the first prompt's image tokens
     as_published: bool = False
     newest_first: bool = False  # StreamingLLM: no attention, the newest are the best

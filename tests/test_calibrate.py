@@ -404,6 +404,11 @@ def _explode():
         ({"sink": -1}, "sink must be"),
         ({"max_bytes": 0}, "max_bytes must be"),
         ({"state_file": "no/such/folder/state.json"}, "does not exist"),
+        ({"metadata": {"samples": 3}}, "metadata: 'samples' is 3"),
+        ({"metadata": "mine"}, "metadata: is of type str"),
+        ({"metadata": {"queries": "7"}}, "metadata: 'queries' is written by the calibration"),
+        ({"metadata": {"ranking": "mine"}}, "metadata: 'ranking' is written by the calibration"),
+        ({"metadata": {"n_layers": "6"}}, "metadata: 'n_layers' is written by the calibration"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_sample(options, message):

@@ -71,6 +71,12 @@ def test_offloaded_layers(streams, budget):
     assert torch.equal(logits, wanted)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has streams")
+def test_offloading_without_a_gpu_is_refused_at_once():
+    with pytest.raises(ValueError, match="offloading=True needs streams, which a GPU has"):
+        PrefixKVCache(budget=0.4, offloading=True)
+
+
 def test_the_pairs_of_offloaded_layers_go_and_come_back(streams, monkeypatch):
     """Counts the moves: after each update of a layer it is sent away, and before its next turn it is fetched."""
     from prefixkv_cache.layer import PrunedLayer

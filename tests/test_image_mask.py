@@ -325,6 +325,19 @@ def test_what_was_cropped_is_no_image_any_more():
     assert 31 in kept and cache.get_seq_length() == 33
 
 
+@pytest.mark.parametrize("fed", [False, True])
+def test_where_nothing_was_cropped_the_mask_is_whole(fed):
+    """Also what it says of tokens to come: of all of them, before the first prompt."""
+    family = "llava_gqa"
+    inputs = prompt(family, "two pictures")
+    image = torch.cat([inputs["input_ids"] == IMAGE, torch.ones(1, 9, dtype=torch.bool)], 1)
+    cache = PrefixKVCache(budget=BUDGET, queries="text", image_mask=image)
+    if fed:
+        feed(build(family), inputs, models.words(1, 1), cache)
+    cache.crop(0)
+    assert torch.equal(cache.image_mask, image)
+
+
 def test_reset_and_a_new_mask():
     family = "llava_gqa"
     inputs, other = prompt(family, "two pictures"), prompt(family, "behind the question")

@@ -297,7 +297,12 @@ def test_bad_importance_is_refused(importance, message):
         search_lengths(importance, [0.5])
 
 
-@pytest.mark.parametrize("budget", [0, -0.1, 1.01, math.nan, math.inf, "half", None])
+def test_what_is_no_tensor_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"importance must be a tensor .*got list"):
+        search_threshold([[1.0, 2.0]], 0.5)
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.01, math.nan, math.inf, "half", None, True])
 def test_bad_budgets_are_refused(budget):
     with pytest.raises((ValueError, TypeError), match="fraction of the KV pairs"):
         search_threshold(torch.rand(2, 5), budget)
@@ -305,6 +310,9 @@ def test_bad_budgets_are_refused(budget):
         search_lengths(torch.rand(2, 5), [0.5, budget])
 
 
-def test_a_negative_sink_is_refused():
-    with pytest.raises(ValueError, match="sink"):
-        search_threshold(torch.rand(2, 5), 0.5, sink=-1)
+@pytest.mark.parametrize("sink", [-1, 1.5, True, "one", None])
+def test_a_bad_sink_is_refused_by_name(sink):
+    with pytest.raises((ValueError, TypeError), match=f"^sink is how many.*got {sink!r}"):
+        search_threshold(torch.rand(2, 5), 0.5, sink=sink)
+    with pytest.raises((ValueError, TypeError), match=f"^sink is how many.*got {sink!r}"):
+        search_lengths(torch.rand(2, 5), [0.5], sink=sink)

@@ -156,7 +156,7 @@ class PrefixKVCache(Cache):
         slack: int = 64,
         merge: str | None = None,
         image_mask: Tensor | None = None,
-        text_floor: float = 1.0,
+        text_floor: float = 0.5,
         max_new_tokens: int | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
         offloading: bool = False,
@@ -200,6 +200,8 @@ class PrefixKVCache(Cache):
         self._padding: tuple[weakref.ref, Tensor | None, list[int]] | None = None
         self._holds_door = False
         try:
+            if offloading:
+                torch.cuda.default_stream(None)  # the first forward asks for it, where it would be too late to say so
             super().__init__(layers=layers, offloading=offloading)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"offloading={offloading!r} needs streams, which a GPU has: {error}") from None
@@ -244,7 +246,8 @@ class PrefixKVCache(Cache):
             budget: fraction of the prompt's KV pairs kept, in (0, 1].
             inputs: what the processor made of the prompt. With them, `image_mask` is filled from the model's image and
                 video token ids, which turns two things on: text is pruned no further than `text_floor`, and
-                `queries="text"` can be asked for. Without an id of either in the config it stays None.
+                `queries="text"` can be asked for. Without an id of either in the config it stays None. (The paper knows
+                nothing of images: for its rule, leave `inputs` out, or give `text_floor=0`.)
             kwargs: further arguments of `PrefixKVCache`; `**PAPER` for the paper's rule.
         """
         kwargs.setdefault("config", model.config)
@@ -431,10 +434,13 @@ class PrefixKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back."""
         self._settle()
-        if not crops_to_nothing(tokens_to_remove):
-            super().crop(tokens_to_remove)
-            if self.image_mask is not None:  # other tokens may come where these were
-                self.image_mask = self.image_mask[:, : self.get_seq_length()]
+        if crops_to_nothing(tokens_to_remove):
+            return
+        before = int(self.get_seq_length())
+        super().crop(tokens_to_remove)
+        left = int(self.get_seq_length())
+        if self.image_mask is not None and left < before:  # other tokens may come where these were
+            self.image_mask = self.image_mask[:, :left]
 
     def activate_past_recording(self) -> None:
         """Refused: what a decode step has overwritten cannot be put back, as assisted decoding would ask for.
@@ -801,9 +807,12 @@ def _check_recent(recent: Any) -> float:
 def _check_image_mask(mask: Any) -> Tensor | None:
     if mask is None:
         return None
+    meaning = "image_mask must be a bool tensor [batch, n_prompt], True at image tokens"
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
         what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"image_mask must be a bool tensor [batch, n_prompt], True at image tokens; got {what}")
+        raise TypeError(f"{meaning}; got {what}")
+    if not len(mask):
+        raise ValueError(f"{meaning}, of at least one row; got {mask.dtype} {list(mask.shape)}")
     return mask
 
 

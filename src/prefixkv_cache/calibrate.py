@@ -121,7 +121,8 @@ def calibrate(
         diversity: share of a key's score that is its difference from the others, in [0, 1].
         novelty: exponent of the price of repeating better-ranked keys, 0 or more.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
-        metadata: more to write into the profile, string to string, such as `{"source": "MM-Vet, 10 samples"}`.
+        metadata: more to write into the profile, string to string, such as `{"source": "MM-Vet, 10 samples"}`; not
+            `queries`, `ranking` and `n_layers`, which say what was measured.
         progress: called with the number of samples done after each one.
         on_error: called with the index of a failed sample and the exception; by default a warning is given.
         state_file: where to keep what was measured, every few seconds and whenever the calibration ends early; deleted
@@ -142,12 +143,13 @@ def calibrate(
     ranking = Ranking(queries, average, heads, pooling, value_norm, diversity, novelty)
     settings = Settings(tuple(budgets), ranking, sink, max_bytes)
     check_model(model, settings)  # what cannot be calibrated is refused before the first sample is looked at
+    described = {**describe_model(model), **_check_metadata(metadata)}
     state = CalibrationState(state_file, fingerprint_calibration(model, settings) if state_file else {})
     if resume:
         state.read()
     failures = measure(model, _one_by_one(samples), settings, state, progress=progress, on_error=on_error or _warn)
     refuse_if_nothing_left(state.measurements(), failures)
-    profile = make_profile(state.measurements(), settings, {**describe_model(model), **(metadata or {})})
+    profile = make_profile(state.measurements(), settings, described)
     state.delete()
     return profile
 
@@ -164,6 +166,16 @@ def check_model(model: Any, settings: Settings) -> None:
             "queries='text' ranks keys by the text behind the first image, but the config of this model names no image "
             "token; take a number of last tokens, or 'all'"
         )
+
+
+def _check_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The metadata, if a profile can hold it: found out at the end, it would cost the whole calibration."""
+    metadata = {} if metadata is None else metadata
+    for field in ("queries", "ranking", "n_layers"):
+        if isinstance(metadata, Mapping) and field in metadata:
+            raise ValueError(f"metadata: {field!r} is written by the calibration, by what it measures; leave it out")
+    PrefixProfile([1.0], [[1.0]], metadata)
+    return metadata
 
 
 def _warn(index: int, error: Exception) -> None:

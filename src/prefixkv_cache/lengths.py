@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ def check_clips(floor: Any, cap: Any) -> tuple[float, float | None]:
         return floor, None
     if not isinstance(cap, numbers.Real) or isinstance(cap, bool):
         raise TypeError(f"{meaning}; got {cap!r}")
-    if not 1.0 <= float(cap) < math.inf:  # nan fails every comparison
+    # nan fails every comparison, and a larger integer has no float.
+    if not (cap <= sys.float_info.max and float(cap) >= 1.0):
         raise ValueError(f"{meaning}; got {cap!r}")
     return floor, float(cap)
 

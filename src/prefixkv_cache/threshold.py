@@ -38,9 +38,10 @@ def search_threshold(
             uniform.
         budget: fraction of all `n_layers * n_keys` pairs that is kept, in (0, 1].
         sink: each layer keeps at least `sink + 1` keys (or all of them where there are fewer).
-        floor: no layer keeps less than `floor * budget` of its keys, in [0, 1], to within one pair. 0: none.
-        cap: no layer keeps more than `cap * budget` of its keys, 1 or more, to within `(cap + 1) / 2` pairs, or more
-            than `sink + 1`. None: none.
+        floor: no layer keeps less than `floor` times the mean length, which the total makes, in [0, 1], to within one
+            pair. 0: none.
+        cap: no layer keeps more than `cap` times the mean length, 1 or more, to within `(cap + 1) / 2` pairs. None:
+            none. The least length goes before the cap where both cannot be had.
 
     Returns:
         (threshold, counts): the mass p in [0, 1] that every layer reaches, save those that the cap stops, and int64
@@ -48,7 +49,8 @@ def search_threshold(
         where that is more.
 
     Raises:
-        TypeError: the budget, the floor or the cap is not a number.
+        TypeError: the importance is no tensor; the budget, the floor or the cap is not a number, or the sink not an
+            integer.
         ValueError: importance that is not a matrix with at least one layer and one key, or holds nan, inf or negative
             numbers; a budget outside (0, 1]; a negative sink; a floor outside [0, 1]; a cap below 1.
     """
@@ -85,7 +87,7 @@ def search_lengths(importance: Tensor, budgets: Sequence[float], *, sink: int = 
 
 def _check_budget(budget: float) -> None:
     meaning = "budget is the fraction of the KV pairs to keep, in (0, 1]"
-    if not isinstance(budget, numbers.Real):
+    if not isinstance(budget, numbers.Real) or isinstance(budget, bool):
         raise TypeError(f"{meaning}; got {budget!r}, of type {type(budget).__name__}")
     if not 0.0 < budget <= 1.0:  # nan fails every comparison
         raise ValueError(f"{meaning}; got {budget!r}")
@@ -105,8 +107,11 @@ class _Search:
     """
 
     def __init__(self, importance: Tensor, sink: int):
+        meaning = "sink is how many first tokens are never pruned, 0 or more"
+        if not isinstance(sink, numbers.Integral) or isinstance(sink, bool):
+            raise TypeError(f"{meaning}; got {sink!r}, of type {type(sink).__name__}")
         if sink < 0:
-            raise ValueError(f"sink is how many first tokens are never pruned, 0 or more; got {sink!r}")
+            raise ValueError(f"{meaning}; got {sink!r}")
         self.mass = _sorted_mass(importance)
         self.n_layers, self.n_keys = self.mass.shape
         self.least = min(sink + 1, self.n_keys)
@@ -218,6 +223,8 @@ class _Clipped:
 
 def _sorted_mass(importance: Tensor) -> Tensor:
     """float64 [n_layers, n_keys] on the CPU: falling in each layer, each layer's sum 1. Checks the input."""
+    if not isinstance(importance, Tensor):
+        raise TypeError(f"importance must be a tensor [n_layers, n_keys]; got {type(importance).__name__}")
     if importance.ndim != 2 or 0 in importance.shape:
         raise ValueError(f"importance must be [n_layers, n_keys], both at least 1; got {list(importance.shape)}")
     importance = importance.detach().to("cpu")
