@@ -559,7 +559,7 @@ class PrefixKVCache(Cache):
             self._eviction(), recent=share, sink=self.sink, merge=self.merge, max_new_tokens=self.max_new_tokens
         )
 
-    def _eviction(self) -> Callable[[int, int, float], Eviction]:
+    def _eviction(self) -> Callable[[int, int, float, tuple[int, ...]], Eviction]:
         """The decode rule of a row, made from its pairs stored, tokens seen and keep ratio."""
         if self.distance is None:
             return FixedPointEviction

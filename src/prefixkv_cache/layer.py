@@ -99,7 +99,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     """Keys and values of one decoder layer, pruned to a length of its own.
 
     Args:
-        evict: makes a row's decode rule of its `(stored, seen, keep)`; see eviction.py. By default nothing leaves.
+        evict: makes a row's decode rule of its `(stored, seen, keep, owed)`; see eviction.py. By default nothing
+            leaves.
         recent: share of a row's pairs, in [0, 1), that are its newest and never the least important.
         sink: number of first pairs that are never the least important.
         merge: `"kv"`: pruned pairs are merged into the nearest that stays (merging.py), `"value"`: their values only;
@@ -119,7 +120,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
     def __init__(
         self,
-        evict: Callable[[int, int, float], Eviction] = FixedPointEviction,
+        evict: Callable[[int, int, float, tuple[int, ...]], Eviction] = FixedPointEviction,
         *,
         recent: float = 0.0,
         sink: int = 0,
@@ -347,9 +348,10 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
             columns = _close_up(torch.cat([old.expand(-1, heads, -1), columns], dim=2))
         held = [old + new for old, new in zip(self._per_row("stored"), counts, strict=True)]
         seen = [old + new for old, new in zip(self._per_row("seen"), prompt.lengths, strict=True)]
+        owed = [row.owed() for row in self._rows] or [()]
 
         self._width = max(held)
-        states = list(zip(held, seen, keep, strict=True))
+        states = list(zip(held, seen, keep, owed * (len(held) // len(owed)), strict=True))
         states = states[:1] if len(set(states)) == 1 else states
         self._rows = [self._evict(*state) for state in states]
         self._in_place = self._in_place and self._width == self._seen and not self.ragged
@@ -386,7 +388,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def accumulates(self) -> bool:
         """Whether the decode rule asks how much attention each pair has received: then `accumulate` is to be called."""
-        return isinstance(self._rows[0] if self._rows else self._evict(0, 0, 0.0), LeastImportantEviction)
+        return isinstance(self._rows[0] if self._rows else self._evict(0, 0, 0.0, ()), LeastImportantEviction)
 
     def _all_scores(self, prompt: Prompt) -> Tensor:
         """float32 [batch, 1 or heads, stored + n_new]: of the old pairs, then of the prompt's."""

@@ -8,6 +8,7 @@ papers': the mean over the heads, and nothing else.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ _BLOCK = 1024  # keys that are compared with each other
 _STRIP, _STRIPS_AT_ONCE = 128, 8  # of which so many with all better ones: a table of at most 512 KiB, 8 at a time
 _SKETCH = 32
 _THE_SAME = 1.0 - 2e-6  # a cosine similarity of unit vectors of 32 numbers that float32 cannot tell from 1
+_TINY = torch.finfo(torch.float32).tiny
 _WINDOW = 32  # last tokens that count where no text has seen the image, as many as the queries of the default
 AVERAGES = ("sum", "visible")
 HEADS = ("mean", "max", "each")
@@ -61,15 +63,11 @@ class Ranking:
         object.__setattr__(self, "queries", _check_queries(self.queries))
         check_choice("average", self.average, AVERAGES)
         check_choice("heads", self.heads, HEADS)
-        if not isinstance(self.pooling, numbers.Integral) or self.pooling < 1 or self.pooling % 2 == 0:
-            raise ValueError(f"pooling must be an odd number of keys, 1 or more; got {self.pooling!r}")
+        object.__setattr__(self, "pooling", _check_pooling(self.pooling))
         if not isinstance(self.value_norm, bool):
             raise TypeError(f"value_norm must be True or False; got {self.value_norm!r}")
-        check_fraction("diversity", self.diversity)
-        if not isinstance(self.novelty, numbers.Real) or isinstance(self.novelty, bool):
-            raise TypeError(f"novelty must be a number, 0 or more; got {self.novelty!r}")
-        if not 0.0 <= float(self.novelty) < float("inf"):
-            raise ValueError(f"novelty must be a number, 0 or more; got {self.novelty!r}")
+        object.__setattr__(self, "diversity", check_fraction("diversity", self.diversity))
+        object.__setattr__(self, "novelty", _check_exponent(self.novelty))
 
     @property
     def by_head(self) -> bool:
@@ -93,6 +91,10 @@ def rank_keys(
 ) -> Tensor:
     """The scores by which keys are kept, from their importance.
 
+    A key or value that holds nan or inf (or is too large for a norm in float32, beyond 1e19) says nothing: its norm
+    counts as 0, and it is neither novel nor unlike the others. An importance of nan stays nan. Neither changes the score
+    of any other key, and without such numbers all scores are finite.
+
     Args:
         importance: float32 [batch, kv_heads, n], or [batch, 1, n] where no field of the ranking looks at single heads.
         keys, values: [batch, kv_heads, n, head_dim], looked at only where the ranking needs them.
@@ -105,7 +107,7 @@ def rank_keys(
     """
     scores = importance
     if ranking.value_norm:
-        scores = scores * vector_norms(values)
+        scores = scores * vector_norms(values).nan_to_num(nan=0.0, posinf=0.0)
     if ranking.pooling > 1:
         scores = pool_neighbours(scores, ranking.pooling, real)
     if ranking.by_head:
@@ -141,14 +143,15 @@ def pool_neighbours(scores: Tensor, width: int, real: Tensor | None = None) -> T
     """The largest score among the `width` keys around each key, itself in the middle; padding is nobody's neighbour.
 
     Args:
-        scores: [batch, heads, n], not negative.
+        scores: [batch, heads, n], not negative. A score of nan stays nan, and is no neighbour either.
         width: odd.
         real: bool [batch, n] or None.
     """
-    if real is None:
-        return F.max_pool1d(scores, width, stride=1, padding=width // 2)
-    scores = scores.masked_fill(~real[:, None], 0.0)
-    return F.max_pool1d(scores, width, stride=1, padding=width // 2).masked_fill(~real[:, None], 0.0)
+    width = min(width, 2 * scores.shape[2] - 1)  # from the last key to the first; more does not fit a machine's integer
+    unknown = scores.isnan()
+    silent = unknown if real is None else unknown | ~real[:, None]
+    largest = F.max_pool1d(scores.masked_fill(silent, 0.0), width, stride=1, padding=width // 2)
+    return torch.where(silent, scores if real is None else scores.masked_fill(~real[:, None], 0.0), largest)
 
 
 def join_heads(scores: Tensor, how: str) -> Tensor:
@@ -159,7 +162,7 @@ def join_heads(scores: Tensor, how: str) -> Tensor:
 
 
 def vector_norms(vectors: Tensor) -> Tensor:
-    """The L2 norm of each vector: [batch, heads, n, size] -> float32 [batch, heads, n]."""
+    """The L2 norm of each vector: [batch, heads, n, size] -> float32 [batch, heads, n]; nan or inf where it has none."""
     norms = torch.empty(vectors.shape[:3], dtype=torch.float32, device=vectors.device)
     for rows, heads, spans in _pieces(vectors):
         for span in spans:
@@ -177,7 +180,7 @@ def mix_in_diversity(
 
     Args:
         scores: [batch, 1 or heads, n], not negative.
-        keys: [batch, heads, n, head_dim].
+        keys: [batch, heads, n, head_dim]. One without a finite norm counts as no different from the others.
         share: in [0, 1].
         real: bool [batch, n] or None.
         ranks: who holds the other heads, where one row of scores is for all of them.
@@ -190,6 +193,8 @@ def mix_in_diversity(
 
 def _away_from_mean(keys: Tensor, weight: Tensor) -> Tensor:
     """1 minus the cosine similarity of each key with the mean direction of its head: float32 [batch, heads, n].
+
+    A key without a finite norm has no direction: it takes no part in the mean, and is at distance 0.
 
     Directions are never written out: with the norms beside, both the mean and the similarities are products of the keys
     as they are, a piece of them at a time.
@@ -208,17 +213,20 @@ def _similarity_to_mean(keys: Tensor, weight: Tensor, spans: list[slice]) -> Ten
     """What `_away_from_mean` is 1 minus of, for one piece, by spans of n where even that is large."""
     if len(spans) == 1:
         keys = keys.float()  # once for both passes
-    similarity = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    norms = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
     mean: Any = 0.0
     for span in spans:
         part = keys[:, :, span].float()
-        similarity[..., span] = torch.linalg.vector_norm(part, dim=-1).clamp_min_(1e-12).reciprocal_()
-        mean = mean + (similarity[..., span] * weight[..., span])[:, :, None] @ part
+        norms[..., span] = torch.linalg.vector_norm(part, dim=-1).clamp_min_(1e-12)
+        inverse = norms[..., span].reciprocal().nan_to_num_(nan=0.0)  # of infinity it is 0 already
+        # A factor of 0 alone would not take nan and infinity out of a sum.
+        mean = mean + (inverse * weight[..., span])[:, :, None] @ part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     mean = mean / weight.sum(-1)[..., None, None].clamp_min(1.0)
     mean = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-8)  # opposite keys have none
+    similarity = torch.empty_like(norms)
     for span in spans:
-        similarity[..., span] *= (keys[:, :, span].float() @ mean.transpose(-1, -2)).squeeze(-1)
-    return similarity
+        similarity[..., span] = (keys[:, :, span].float() @ mean.transpose(-1, -2)).squeeze(-1)
+    return similarity.mul_(norms.reciprocal()).masked_fill_(~norms.isfinite(), 1.0)
 
 
 def discount_repetition(
@@ -234,48 +242,69 @@ def discount_repetition(
 
     Args:
         scores: [batch, 1 or heads, n], not negative. One row for all heads compares the values of all heads together.
-        values: [batch, heads, n, head_dim].
+        values: [batch, heads, n, head_dim]. One that is not finite repeats everything, and nothing repeats it.
         exponent: 0 or more.
         real: bool [batch, n], False at padding. None: no padding.
         ranks: who holds the other heads, where one row of scores is for all of them.
     """
-    sketch = _sketch(values.transpose(1, 2).flatten(2)[:, None] if scores.shape[1] == 1 else values, ranks)
+    sketch = _sketch(values, scores.shape[1] == 1, ranks)
+    # Directions are told by sketches on the scale of their largest number, whose squares no sum of them can overflow.
+    top = sketch.abs().amax(-1, keepdim=True)
+    unknown = ~top.isfinite()
+    sketch = F.normalize((sketch / top.clamp_min(_TINY)).masked_fill_(unknown, 0.0), dim=-1)
+    ranked = scores.masked_fill(scores.isnan(), -1.0)  # sorted, nan would be the best of all
     if real is None:
-        return scores * (1.0 - _repetition(scores, sketch)) ** exponent
-    # The blocks are of a row's own tokens: what it keeps must not depend on how it was padded.
-    own_first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, None].expand_as(scores)
-    ranked = scores.masked_fill(~real[:, None], -1.0).gather(2, own_first)
-    repetition = _repetition(ranked, sketch.gather(2, own_first[..., None].expand_as(sketch)))
-    repetition = torch.empty_like(repetition).scatter_(2, own_first, repetition)
-    return torch.where(real[:, None], scores * (1.0 - repetition) ** exponent, scores)
+        repetition = _repetition(ranked, sketch)
+    else:
+        # The blocks are of a row's own tokens: what it keeps must not depend on how it was padded.
+        own_first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, None].expand_as(scores)
+        ranked = ranked.masked_fill(~real[:, None], -1.0).gather(2, own_first)
+        repetition = _repetition(ranked, sketch.gather(2, own_first[..., None].expand_as(sketch)))
+        repetition = torch.empty_like(repetition).scatter_(2, own_first, repetition)
+    repetition.masked_fill_(unknown[..., 0], 1.0)
+    discounted = scores * (1.0 - repetition) ** exponent
+    return discounted if real is None else torch.where(real[:, None], discounted, scores)
 
 
-def _sketch(values: Tensor, ranks: HeadRanks = ALONE) -> Tensor:
-    """[batch, heads, n, size] -> unit vectors [batch, heads, n, at most 32] of about the same cosine similarities.
+def _sketch(values: Tensor, together: bool, ranks: HeadRanks = ALONE) -> Tensor:
+    """[batch, heads, n, size] -> float32 [batch, 1 or heads, n, at most 32] of about the same cosine similarities.
 
-    (Johnson-Lindenstrauss.) Of several ranks, each holds one part of the same long vectors, `heads` being 1: their
-    projections add up, so that no more than 32 numbers of a key go from rank to rank.
+    (Johnson-Lindenstrauss.) In float32, a piece at a time: in half precision the sums would overflow. What is not
+    finite in a value is not finite in its sketch.
+
+    Args:
+        values: as they are.
+        together: whether the heads of a key, side by side, are one long vector.
+        ranks: who holds the other heads of these vectors, where `together`: projections add up, so that no more than 32
+            numbers of a key go from rank to rank.
     """
-    size = values.shape[-1]
-    if size * ranks.count > _SKETCH:
-        signs = _signs(size * ranks.count, values.dtype, values.device)
-        values = values @ signs[size * ranks.place : size * (ranks.place + 1)]
-        if ranks.count > 1:
-            values = ranks.gather(values).sum(1, keepdim=True)
-    elif ranks.count > 1:
-        values = ranks.gather(values).transpose(1, 2).flatten(2)[:, None]
-    return F.normalize(values.float(), dim=-1)
+    batch, heads, n, size = values.shape
+    long = size * heads * ranks.count if together else size
+    if long <= _SKETCH:
+        values = ranks.gather(values).float()
+        return values.transpose(1, 2).flatten(2)[:, None] if together else values
+    signs = _signs(long, values.device).unflatten(0, (-1, size))  # of each head, where they are not all the same
+    signs = signs[heads * ranks.place : heads * (ranks.place + 1)] if together else signs.expand(heads, -1, -1)
+    sketch = torch.zeros(batch, 1 if together else heads, n, _SKETCH, device=values.device)
+    for rows, some, spans in _pieces(values):
+        for span in spans:
+            projected = values[rows, some, span].float() @ signs[some]
+            if together:
+                sketch[rows, :, span] += projected.sum(1, keepdim=True)
+            else:
+                sketch[rows, some, span] = projected
+    return ranks.gather(sketch).sum(1, keepdim=True) if together else sketch
 
 
 @lru_cache(maxsize=8)
-def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _signs(size: int, device: torch.device) -> Tensor:
     """1 and -1 by chance, [size, 32], the same on every device and rank.
 
     Kept, since all layers ask for the same: drawing them takes longer than using them.
     """
     with torch.inference_mode(False):  # else who asked first would decide what others may do with it
         source = torch.Generator().manual_seed(0)
-        return (torch.randint(0, 2, (size, _SKETCH), generator=source) * 2 - 1).to(device, dtype)
+        return (torch.randint(0, 2, (size, _SKETCH), generator=source) * 2 - 1).to(device, torch.float32)
 
 
 def _repetition(scores: Tensor, sketch: Tensor) -> Tensor:
@@ -326,7 +355,8 @@ def _pieces(vectors: Tensor) -> Iterator[tuple[slice, slice, list[slice]]]:
 
 
 def _to_one(scores: Tensor) -> Tensor:
-    return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    total = scores.nan_to_num(nan=0.0).sum(-1, keepdim=True)
+    return scores / total.clamp_min(_TINY)
 
 
 def _check_queries(queries: Any) -> int | str:
@@ -340,9 +370,25 @@ def _check_queries(queries: Any) -> int | str:
     )
 
 
+def _check_pooling(pooling: Any) -> int:
+    if not isinstance(pooling, numbers.Integral) or isinstance(pooling, bool) or pooling < 1 or pooling % 2 == 0:
+        raise ValueError(f"pooling must be an odd number of keys, 1 or more; got {pooling!r}")
+    return int(pooling)
+
+
+def _check_exponent(novelty: Any) -> float:
+    if not isinstance(novelty, numbers.Real) or isinstance(novelty, bool):
+        raise TypeError(f"novelty must be a number, 0 or more; got {novelty!r}")
+    # nan fails every comparison, and a larger integer has no float.
+    if not 0 <= novelty <= sys.float_info.max:
+        raise ValueError(f"novelty must be a number, 0 or more, that a float can hold; got {novelty!r}")
+    return float(novelty)
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """The value; a ValueError that names it where it is none of the choices."""
-    if value not in choices:
+    # An array, of which each element would be compared, is no choice either.
+    if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
 
@@ -351,6 +397,6 @@ def check_fraction(name: str, value: Any) -> float:
     """The value as a float; a TypeError or ValueError that names it where it is no number in [0, 1]."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number from 0 to 1; got {value!r}")
-    if not 0.0 <= float(value) <= 1.0:
+    if not 0 <= value <= 1:  # before the conversion, which overflows for a huge integer; nan fails every comparison
         raise ValueError(f"{name} must be a number from 0 to 1; got {value!r}")
     return float(value)
