@@ -53,6 +53,8 @@ class Rules:
     oracle: object = None  # whose weights, keys and values these are
     kept: dict | None = None  # layer -> row -> head -> positions, rising
     received: dict = field(default_factory=dict)  # layer -> row -> head -> {position: attention so far}
+    steps: int = 0  # since the last prompt
+    origins: dict = field(default_factory=dict)  # (layer, row) -> pairs before the first answer, after the first turn
     log: list = field(default_factory=list)
 
     # What the oracle calls.
@@ -70,6 +72,10 @@ class Rules:
     def after(self, real, fed, weights):
         seen = self.oracle.cache.get_seq_length()
         new = [[position for position in positions if position >= seen - fed] for positions in real]
+        if self.kept is not None:
+            self.steps += fed == 1
+            if fed > 1 and self.steps and self.evict != "least-important":
+                self._begin_turn([len(all_of) - len(of_row) for all_of, of_row in zip(real, new, strict=True)])
         if self.kept is None or fed > 1:
             self._prompt(new, {layer: weights[layer].tolist() for layer in weights}, seen - fed)
         elif self.evict == "least-important":
@@ -94,8 +100,25 @@ class Rules:
             received = self.received[layer][row][head]
             positions.remove(min(leaving, key=lambda position: received[position]))
         else:
-            length = self.held[layer][row]
-            del positions[length - self.distance if length - self.distance >= 1 else length // 2]
+            del positions[self._point(layer, row)]
+
+    def _point(self, layer, row):
+        if self.evict == "oldest":
+            return min(self.sink, self.held[layer][row])
+        length = self.held[layer][row]
+        return length - self.distance if length - self.distance >= 1 else length // 2
+
+    def _begin_turn(self, tokens):
+        """Of what came behind the first prompt, the oldest leave, as many as are held beyond the share."""
+        for layer, rows in self.kept.items():
+            for row, heads in enumerate(rows):
+                ratio = self.ratios[layer][row]
+                if self.distance is None or ratio == 1:
+                    continue
+                origin = self.origins.setdefault((layer, row), self._point(layer, row))
+                for positions in heads:
+                    beyond = math.floor(max(0, len(positions) - tokens[row] * ratio))
+                    del positions[origin : origin + min(self.slack, beyond)]
 
     def _accumulate(self, new, weights, first_new):
         """Add what the pairs that were there have received from the newest queries."""
@@ -193,11 +216,13 @@ class Rules:
             self.first = [len(positions) for positions in new]
         elif self.evict == "least-important":
             self._accumulate(new, weights, first_new)
+        steps, self.steps = self.steps, 0
         for row in rows:
             n = len(new[row])
             if not first:
                 ratios = [self.ratios[layer][row] for layer in layers]
-                counts = self._counts(n, ratios, 0)
+                allowance = self.slack // 2 if steps and self.evict != "least-important" else 0
+                counts = [min(count + allowance, n) for count in self._counts(n, ratios, 0)]
             elif self.keep is None and self.lengths == "search":
                 means = [[sum(each) / len(each) for each in zip(*scores[layer][row], strict=True)] for layer in layers]
                 if self.floor or self.cap is not None:

@@ -8,7 +8,9 @@ M-RoPE positions: with all of the budget (law 1), beside the slow rules (law 2),
 import functools
 import itertools
 from dataclasses import dataclass, field
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -17,7 +19,8 @@ import compat
 import models
 from models import IMAGE, PADDED
 from oracle import feed, prompt_count
-from prefixkv_cache import PrefixKVCache, PrefixProfile
+from prefixkv_cache import PAPER, PrefixKVCache, PrefixProfile
+from prefixkv_cache.baselines import UniformCache
 from rules import PLAIN, Rules, staggered_count
 from watch import CLOSE, build, follow, greedy, prompt, rows_alone_are, run
 
@@ -339,7 +342,12 @@ BAD = [
     ("heads", "some", "each"), ("heads", None, "each"), ("heads", 2, "each"),
     ("average", "mean", "visible"), ("average", True, "visible"),
     ("pooling", 0, "odd"), ("pooling", 4, "odd"), ("pooling", -1, "odd"), ("pooling", 2.5, "odd"),
-    ("pooling", "wide", "odd"),
+    ("pooling", "wide", "odd"), ("pooling", True, "odd"), ("pooling", 10**400 + 1, "odd"),
+    ("heads", np.array(["mean"]), "each"), ("average", np.zeros(2), "visible"), ("heads", ["mean"], "each"),
+    ("diversity", 10**400, "0 to 1"), ("temperature", 10**400, "0 to 1"), ("floor", 10**400, "0 to 1"),
+    ("diversity", -(10**400), "0 to 1"), ("recent", -(10**400), "1 or more"), ("cap", -(10**400), "at least 1"),
+    ("novelty", -(10**400), "0 or more"), ("novelty", 10**400, "0 or more"),
+    ("novelty", Fraction(10**400), "0 or more"), ("recent", 10**400, "1 or more"),
     ("value_norm", 1, "True or False"), ("value_norm", "yes", "True or False"),
     ("diversity", 1.5, "0 to 1"), ("diversity", -0.1, "0 to 1"), ("diversity", "some", "0 to 1"),
     ("diversity", float("nan"), "0 to 1"), ("diversity", True, "0 to 1"),
@@ -376,6 +384,16 @@ def test_a_bad_value_is_refused_by_name(name, value, cure):
     assert "\n" not in message
 
 
+def test_numbers_of_any_kind_are_taken():
+    """And held as plain ones, so that tensors can be multiplied by them and equal rankings are equal."""
+    given = PrefixKVCache(budget=0.5, diversity=Fraction(1, 2), novelty=np.int64(8), pooling=np.int32(1)).ranking
+    assert given == PrefixKVCache(budget=0.5).ranking
+    assert [type(each) for each in (given.diversity, given.novelty, given.pooling)] == [float, float, int]
+    cache = PrefixKVCache(budget=BUDGET, diversity=Fraction(1, 2), novelty=Fraction(8))
+    wanted = run("llava_gqa", "sdpa", (44,), PrefixKVCache(budget=BUDGET), 1)[1].kept
+    assert run("llava_gqa", "sdpa", (44,), cache, 1)[1].kept == wanted
+
+
 @pytest.mark.parametrize("lengths", ["uniform", "pyramid"])
 def test_a_profile_and_lengths_contradict_each_other(lengths):
     with pytest.raises(ValueError, match=f"profile.*{lengths}.*not both"):
@@ -402,3 +420,22 @@ def test_for_model_finds_the_image():
     told = PrefixKVCache(budget=0.4, image_mask=inputs["input_ids"] == IMAGE, queries="text")
     wanted, _ = feed(model, inputs, models.words(3, 6), told)
     assert torch.equal(feed(model, inputs, models.words(3, 6), cache)[0], wanted)
+
+
+def test_the_papers_know_nothing_of_images():
+    """Where the image is does not change what their rules keep; the default protects text."""
+    family = "llava_gqa"
+    model, inputs = build(family, "sdpa"), prompt(family, PADDED)
+    image = inputs["input_ids"] == IMAGE
+
+    def kept(cache):
+        return run(family, "sdpa", PADDED, cache, 1)[1].kept
+
+    by_paper = kept(PrefixKVCache.paper(budget=0.3))
+    assert kept(PrefixKVCache.for_model(model, 0.3, inputs=inputs, **PAPER)) == by_paper
+    assert kept(PrefixKVCache.paper(budget=0.3, image_mask=image)) == by_paper
+    assert kept(PrefixKVCache.paper(budget=0.3, image_mask=image, text_floor=1.0)) != by_paper
+    assert kept(UniformCache(0.3, config=model.config, image_mask=image)) == kept(
+        UniformCache(0.3, config=model.config)
+    )
+    assert kept(PrefixKVCache(budget=0.3, image_mask=image)) != kept(PrefixKVCache(budget=0.3))

@@ -316,6 +316,12 @@ def test_a_cache_that_could_not_be_made_tells_nothing():
     assert len(told(lambda: PrefixKVCache(a_profile(OTHER, 4), config=config))) == 1
 
 
+def test_where_nothing_is_pruned_nothing_is_told():
+    """All pairs stay, whatever ranks them. It is told at the next budget below."""
+    assert told(lambda: PrefixKVCache(a_profile(OTHER), 1.0)) == []
+    assert len(told(lambda: PrefixKVCache(a_profile(OTHER), 0.99))) == 1
+
+
 def test_it_points_to_the_line_that_asked():
     class Own(PrefixKVCache):
         def __init__(self, profile):

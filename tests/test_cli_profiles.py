@@ -380,6 +380,29 @@ def test_no_model_and_too_small_budgets(home, run, tmp_path):
     assert not (tmp_path / "p.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "program"),
+    [
+        ([], "COMMAND", "prefixkv"),
+        (["--nope"], "COMMAND", "prefixkv"),
+        (["nope"], "'nope'", "prefixkv"),
+        (["generate"], "--model, --prompt", "prefixkv generate"),
+        (["generate", "--model", "m", "--prompt", "x", "--nope", "a b"], "--nope 'a b'", "prefixkv generate"),
+        (["generate", "--model", "m", "--prompt", "x", "--budget", "half"], "'half'", "prefixkv generate"),
+        (["inspect", "p", "--budgets", "0.1,x"], "'0.1,x'", "prefixkv inspect"),
+        (["calibrate", "--model", "m", "--out", "a\nb", "--heads", "so\nme"], "--heads", "prefixkv calibrate"),
+        (["plot", "p"], "--out", "prefixkv plot"),
+        (["bench", "--model"], "--model", "prefixkv bench"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_told_in_one_line(run, arguments, wrong, program):
+    """No page of usage: what is wrong, and the help that knows better."""
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"{program}: ") and wrong in err and err.endswith(f"; see {program} --help\n")
+
+
 @pytest.mark.parametrize("command", ["calibrate", "inspect", "plot"])
 def test_help(run, command):
     status, out, _ = run(command, "--help")

@@ -396,6 +396,12 @@ def test_options_are_read_and_checked():
         ("online:sink=-1", "'online:sink=-1': sink must be at least 0"),
         ("snapkv:pooling=4", "'snapkv:pooling=4': "),
         ("prefixkv:profile=none-such", "no bundled profile is named 'none-such'"),
+        (
+            "prefixkv:lengths=uniform",
+            "'prefixkv:lengths=uniform' goes by a profile, and lengths='uniform' contradicts it",
+        ),
+        ("prefixkv:sink=2;lengths=pyramid", "without a profile, write 'online:lengths=pyramid'"),
+        ("paper:profile=llava-1.5-7b;lengths=uniform", "without a profile, write 'paper:lengths=uniform'"),
     ],
 )
 def test_wrong_methods_are_refused_by_name(text, message):

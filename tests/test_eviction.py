@@ -1,4 +1,4 @@
-"""The decode rule over several turns, against lists of tokens: which token leaves at each step.
+"""The decode rule over several turns, against lists of tokens: which token leaves, at each step and between turns.
 
 The layer's part is played here: slots hold tokens, a prompt and a crop put them in order again.
 """
@@ -10,41 +10,45 @@ from prefixkv_cache.eviction import FixedPointEviction
 
 
 class Slow:
-    """A row as a list of tokens in the order in which they came, and a list of those that leave before all others."""
+    """A row as a list of tokens in the order in which they came."""
 
     def __init__(self, keep, distance, slack):
         self.keep, self.distance, self.slack = keep, distance, slack
-        self.held, self.owed, self.seen, self.point = [], [], 0, None
+        self.held, self.seen, self.point, self.steps = [], 0, None, 0
+        self.origin = None  # how many pairs stand before the first answer
+
+    def begin_turn(self):
+        """What is held beyond the share leaves. Returns how much of the prompt may stay beyond the share."""
+        if self.steps <= 0:
+            return 0
+        if self.origin is None:
+            self.origin = self.point
+        beyond = max(0, int(len(self.held) - self.seen * self.keep))
+        del self.held[self.origin : self.origin + min(self.slack, beyond)]
+        return self.slack // 2
 
     def prompt(self, tokens, fed):
-        if self.point is not None:
-            next_out = self.owed + self.held[self.point :]
-            beyond = max(0, int(len(self.held) - self.seen * self.keep))
-            self.owed = next_out[: min(self.slack, beyond)]
         self.held += tokens
         self.seen += fed
+        self.steps = 0
         self.point = len(self.held) - self.distance
         if self.point < 1:
             self.point = len(self.held) // 2
-        # What the fixed point takes in anyway is not owed twice.
-        self.owed = [token for token in self.owed if token in self.held[: self.point]]
 
     def step(self, token):
         self.held.append(token)
         self.seen += 1
-        if len(self.held) - self.seen * self.keep >= 1 + self.slack:
-            if self.owed:
-                self.held.remove(self.owed.pop(0))
-                self.point -= 1
-            elif self.point < len(self.held) - 1:
-                del self.held[self.point]
+        self.steps += 1
+        if len(self.held) - self.seen * self.keep >= 1 + self.slack and self.point < len(self.held) - 1:
+            del self.held[self.point]
 
     def crop(self, removed):
         first = self.held[-1] + 1 - removed
         self.held = [token for token in self.held if token < first]
         self.seen = max(len(self.held), self.seen - removed)
+        self.steps -= removed
         self.point = min(self.point, max(len(self.held) - 1, 0))
-        self.owed = [token for token in self.owed if token in self.held[: self.point]]
+        self.origin = self.origin and min(self.origin, len(self.held))
 
 
 class Row:
@@ -54,10 +58,17 @@ class Row:
         self.make = lambda *state: FixedPointEviction(*state, distance=distance, slack=slack)
         self.keep, self.slots, self.rule = keep, [], None
 
+    def begin_turn(self):
+        if self.rule is None:
+            return 0
+        leaving = set(self.rule.beyond)
+        self.slots = [token for place, token in enumerate(sorted(self.slots)) if place not in leaving]
+        return self.rule.allowance
+
     def prompt(self, tokens, fed):
-        owed, seen = (self.rule.owed(), self.rule.seen) if self.rule else ((), 0)
+        seen = self.rule.seen if self.rule else 0
         self.slots = sorted(self.slots) + tokens
-        self.rule = self.make(len(self.slots), seen + fed, self.keep, owed)
+        self.rule = self.make(len(self.slots), seen + fed, self.keep, self.rule and self.rule.origin)
 
     def step(self, token):
         self.rule = self.rule.copy()
@@ -80,7 +91,9 @@ TURNS = st.lists(
 def test_turns(turns, keep, distance, slack):
     slow, row, now = Slow(keep, distance, slack), Row(keep, distance, slack), 0
     for fed, steps, removed in turns:
-        count = max(2, round(keep * fed))
+        allowance = slow.begin_turn()
+        assert row.begin_turn() == allowance
+        count = min(max(2, round(keep * fed)) + allowance, fed)
         tokens = [*range(now, now + count - 1), now + fed - 1]
         now += fed
         for each in (slow, row):
@@ -89,34 +102,47 @@ def test_turns(turns, keep, distance, slack):
             for each in (slow, row):
                 each.step(now)
             now += 1
-            if keep < 1:
-                assert sorted(row.slots) == slow.held
-                assert row.rule.stored == len(slow.held) and row.rule.seen == slow.seen
-        if removed and steps > removed and keep < 1:
+            assert sorted(row.slots) == slow.held
+            assert row.rule.stored == len(slow.held) and row.rule.seen == slow.seen
+        if removed and steps > removed:
             now -= removed
             for each in (slow, row):
                 each.crop(removed)
             assert sorted(row.slots) == slow.held
 
 
-def test_each_answer_has_the_slack_to_itself():
-    """What an answer held beyond the share leaves first in the next turn, the oldest first, before anything new."""
-    row = Row(keep=0.2, distance=1, slack=64)
-    row.prompt(list(range(20)), 100)
-    for token in range(100, 200):
+def turn(row, first, prompt, steps):
+    """A prompt of so many tokens, pruned to its share and the allowance, and so many steps; returns the next token."""
+    kept = min(round(row.keep * prompt) + row.begin_turn(), prompt)
+    row.prompt([*range(first, first + kept - 1), first + prompt - 1], prompt)
+    for token in range(first + prompt, first + prompt + steps):
         row.step(token)
-    assert row.rule.stored == 104  # 0.2 * 200 and the slack
-    row.prompt(list(range(200, 220)), 100)
-    for token in range(300, 400):
-        row.step(token)
-    assert set(range(320, 400)) <= set(row.slots)  # at least 80 of the new answer: 64 / (1 - 0.2)
-    assert set(range(200, 219)) <= set(row.slots)
-    assert row.rule.stored - row.rule.seen * 0.2 < 1 + 64
+    return first + prompt + steps
 
 
-def test_without_slack_nothing_is_owed():
-    row = Row(keep=0.3, distance=25, slack=0)
-    row.prompt(list(range(40)), 120)
-    for token in range(120, 160):
-        row.step(token)
-    assert row.rule.owed() == ()
+def test_each_turn_has_the_slack_to_itself():
+    """However many answers came before: a short question is kept whole, and an answer of the slack's length too."""
+    row, now = Row(keep=0.2, distance=1, slack=64), 0
+    now = turn(row, now, 100, 100)
+    assert row.rule.stored == 104  # 0.2 * 200, and the slack
+    for _ in range(5):
+        question = range(now, now + 30)
+        now = turn(row, now, 30, 45)
+        assert set(question) <= set(row.slots) and set(range(now - 45, now)) <= set(row.slots)
+        assert row.rule.stored - row.rule.seen * 0.2 < 1 + 64
+        now = turn(row, now, 300, 100)  # a long one by its share, and half of the slack
+        assert row.rule.stored - row.rule.seen * 0.2 < 1 + 64
+
+
+def test_pieces_of_one_prompt_are_not_turns():
+    row, now = Row(keep=0.2, distance=1, slack=64), 0
+    for _ in range(5):
+        now = turn(row, now, 50, 0)
+    assert len(row.slots) == 50
+
+
+def test_without_slack_nothing_leaves_between_turns():
+    row, now = Row(keep=0.3, distance=25, slack=0), 0
+    for _ in range(3):
+        now = turn(row, now, 120, 40)
+        assert not row.rule.beyond and row.rule.allowance == 0

@@ -283,7 +283,10 @@ def test_good_budgets(budget):
 
 @pytest.mark.parametrize(
     ("budget", "error"),
-    [(b, ValueError) for b in (0, 0.0, -0.5, 1.5, 2, 10**400, math.nan, math.inf, -math.inf, Fraction(1, 10**400))]
+    [
+        (b, ValueError)
+        for b in (0, 0.0, -0.5, 1.5, 2, 10**400, -(10**400), math.nan, math.inf, -math.inf, Fraction(1, 10**400))
+    ]
     + [(b, TypeError) for b in ("half", "0.5", True, False, None, [0.5], 1j, torch.tensor(0.5))],
 )
 def test_bad_budgets_are_refused_with_the_value_and_the_cure(budget, error):

@@ -99,7 +99,7 @@ def test_what_the_contract_fixes():
     assert dict(PAPER) == {
         "queries": "all", "distance": 25, "slack": 0, "novelty": 0.0, "diversity": 0.0, "average": "sum",
         "heads": "mean", "pooling": 1, "value_norm": False, "lengths": "search", "floor": 0.0, "cap": None,
-        "temperature": 0.0, "recent": 1, "evict": "fixed-point", "merge": None,
+        "temperature": 0.0, "recent": 1, "evict": "fixed-point", "merge": None, "text_floor": 0.0,
     }  # fmt: skip
     assert arguments(PrefixProfile, 3)[:2] == ["budgets", "keep"] and arguments(PrefixProfile.keep_ratios, 9) == [
         "budget"

@@ -272,6 +272,14 @@ def test_rank_keys(seed, batch, heads, n, padding, ranking):
         torch.testing.assert_close(found[row][:, own], torch.tensor(scores), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("width", [11, 2**31 + 1, 2**63 - 1])
+@pytest.mark.parametrize("real", [None, torch.tensor([[False, True, True, True, True, True]])])
+def test_a_window_wider_than_the_prompt_is_the_prompt(width, real):
+    scores = torch.tensor([[[9.0, 1.0, 5.0, 2.0, 0.0, 3.0]]])
+    wanted = [9.0] * 6 if real is None else [0.0] + [5.0] * 5
+    assert pool_neighbours(scores, width, real).tolist() == [[wanted]]
+
+
 @pytest.mark.parametrize("option", [dict(heads="max"), dict(heads="each"), dict(pooling=3), dict(value_norm=True)])
 def test_what_looks_at_single_heads(option):
     assert not Ranking().by_head and not Ranking(diversity=0.5, novelty=1.0, average="visible").by_head
@@ -325,6 +333,102 @@ def test_what_is_there_twice_ties(exponent):
     scores = 1.0 - torch.arange(1200.0)[None, None] / 2400
     found = discount_repetition(scores, values, exponent)
     assert (found[..., 40:1024] == 0).all() and (found[..., :40] > 0).all()
+
+
+# Numbers that are too large, or none.
+
+EVERY_STEP = dict(diversity=0.5, novelty=8.0, pooling=3, value_norm=True)
+
+
+@pytest.mark.parametrize("heads", ["mean", "each"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_numbers_are_ranked_as_small_ones(dtype, heads):
+    """Directions do not change with the length, though in half precision sums of the numbers themselves overflow."""
+    source = torch.Generator().manual_seed(6)
+    keys, values = (torch.randn(2, 8, 200, 128, generator=source).to(dtype) for _ in range(2))
+    importance = torch.rand(2, 8 if heads == "each" else 1, 200, generator=source)
+    ranking = Ranking(diversity=0.5, novelty=8.0, heads=heads)
+    wanted = rank_keys(importance, keys, values, ranking)
+    large = 2.0**13 if dtype == torch.float16 else 2.0**40
+    found = rank_keys(importance, keys * large, values * large, ranking)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-4)
+    aligned = torch.full((1, 8, 20, 128), torch.finfo(torch.float16).max).to(dtype)
+    found = rank_keys(torch.rand(1, importance.shape[1], 20), aligned, aligned, Ranking(heads=heads, **EVERY_STEP))
+    assert found.isfinite().all()
+
+
+def test_values_are_compared_up_to_the_largest_numbers():
+    values = torch.randn(1, 2, 50, 64, generator=torch.Generator().manual_seed(7))
+    scores = torch.rand(1, 1, 50, generator=torch.Generator().manual_seed(8))
+    wanted = discount_repetition(scores, values, 2.0)
+    for scale in (2.0**110, 2.0**-90):
+        torch.testing.assert_close(discount_repetition(scores, values * scale, 2.0), wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("room", [1, 2**24])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("key", dict(diversity=0.5)),
+        ("key", dict(diversity=0.3, novelty=0.5)),
+        ("value", dict(novelty=8.0)),
+        ("value", dict(novelty=0.5, value_norm=True)),
+    ],
+    ids=str,
+)
+def test_a_broken_key_spoils_no_other(monkeypatch, where, options, size, dtype, padded, room):
+    """All others have the scores that they have where it is not there, and it has none."""
+    monkeypatch.setattr(scoring, "_PIECE_BYTES", room)
+    source = torch.Generator().manual_seed(9)
+    pairs = [torch.randn(2, 2, 30, size, generator=source).to(dtype) for _ in range(2)]
+    importance = torch.rand(2, 2, 30, generator=source)
+    importance[0, :, 17] = 0.0 if where == "key" else 9.0  # what it received is part of the whole that diversity mixes
+    real = torch.arange(30) >= torch.tensor([[4], [0]])
+    others = torch.arange(30) != 17
+    for bad, heads in itertools.product((math.nan, math.inf, -math.inf), ("mean", "each")):
+        broken = [each.clone() for each in pairs]
+        broken[where == "value"][0, :, 17, 3] = bad
+        ranking = Ranking(heads=heads, **options)
+        received = importance if ranking.by_head or heads == "each" else importance.mean(1, keepdim=True)
+        received = received * real[:, None] if padded else received
+        found = rank_keys(received, *broken, ranking, real if padded else None)
+        for row, own in enumerate(real if padded else torch.ones_like(real)):
+            there = own & others if row == 0 else own
+            alone = [each[row : row + 1, :, there] for each in (received, *pairs)]
+            wanted = rank_keys(*alone, ranking)[0]
+            torch.testing.assert_close(found[row][:, there], wanted, atol=1e-6, rtol=1e-3)
+        assert not found[0, :, 17].any()
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_with_every_step_a_broken_key_has_a_score(where, bad):
+    pairs = [torch.randn(2, 2, 30, 64, generator=torch.Generator().manual_seed(11)) for _ in range(2)]
+    pairs[where == "value"][0, 1, 17, 3] = bad
+    for heads in ("mean", "max", "each"):
+        found = rank_keys(torch.rand(2, 2, 30), *pairs, Ranking(heads=heads, **EVERY_STEP))
+        assert found.isfinite().all() and found.min() >= 0 and found.count_nonzero() > 90 / 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_importance_spoils_no_other(bad):
+    source = torch.Generator().manual_seed(10)
+    keys, values = (torch.randn(2, 2, 30, 64, generator=source) for _ in range(2))
+    importance = torch.rand(2, 2, 30, generator=source)
+    importance[0, 0, 17] = bad
+    for heads in ("mean", "max", "each"):
+        found = rank_keys(importance, keys, values, Ranking(heads=heads, diversity=0.5, novelty=8.0))
+        assert found[1].isfinite().all() and not found[0, 0, 17].isfinite()
+        assert found[0, :, torch.arange(30) != 17].isfinite().all()
+    pooled = pool_neighbours(torch.tensor([[[1.0, math.nan, 2.0, 5.0]]]), 3)
+    assert pooled[0, 0, [0, 2, 3]].tolist() == [1.0, 5.0, 5.0] and pooled[0, 0, 1].isnan()
+    # Where nothing is known, nothing is made up: calibration has to see that its sample is lost.
+    lost = rank_keys(torch.full((1, 2, 30), math.nan), keys[:1], values[:1], Ranking(heads="mean", **EVERY_STEP))
+    assert lost.isnan().all()
 
 
 # A long layer is looked at in pieces.

@@ -121,7 +121,8 @@ class Naive:
         self.tokens = []  # row -> real tokens fed
         self.fed = None  # [2 (keys, values), layers, rows, heads, seen, head_dim]: every pair, by position
         self.kept, self.ratios, self.points = ([[] for _ in range(self.setup.n_layers)] for _ in range(3))
-        self.owed = None  # layer -> row -> positions that leave before all others
+        self.origins = []  # layer -> row -> how many pairs stand before the first answer, once a second turn has come
+        self.began = []  # row -> real tokens fed when decoding began
 
     @property
     def rows(self):
@@ -148,28 +149,33 @@ class Naive:
         sink = self.setup.sink if first else 0
         if first:
             self.ratios = self._first_ratios(real, chosen, importance)
-        self.owed = [
-            [[] if first else self._owed(layer, row) for row in range(self.rows)] for layer in range(len(self.kept))
-        ]
+        if first:
+            self.origins = [[None] * self.rows for _ in range(self.setup.n_layers)]
+        else:
+            self._begin_turn()
         for layer, row in self._places():
             old, new, ratio = self.kept[layer][row], real[row], self.ratios[layer][row]
             assert chosen[layer][row][: len(old)] == old, "earlier pairs stay"
             kept = [new.index(position) for position in chosen[layer][row][len(old) :]]
             if not (first and self.setup.keep is None and self.setup.budget < 1):
-                assert len(kept) == prompt_count(len(new), ratio, sink)
+                allowance = 0 if first or self.tokens[row] <= self.began[row] else self.setup.slack // 2
+                assert len(kept) == min(prompt_count(len(new), ratio, sink) + allowance, len(new))
             check_selection(importance[layer][row], kept, sink)
             self.kept[layer][row] = old + [new[index] for index in kept]
         self.tokens = [old + len(new) for old, new in zip(self.tokens, real, strict=True)]
+        self.began = list(self.tokens)
         self.points = [[self._point(len(kept)) for kept in rows] for rows in self.kept]
 
-    def _owed(self, layer, row):
-        """Positions that a row holds beyond its share: those which would have left next, no more than the slack."""
-        kept, point, ratio = self.kept[layer][row], self.points[layer][row], self.ratios[layer][row]
-        if point is None or ratio == 1:
-            return []
-        beyond = len(kept) - self.tokens[row] * ratio
-        earlier = self.owed[layer][row]
-        return [*earlier, *kept[point:]][: min(self.setup.slack, math.floor(max(beyond, 0)))]
+    def _begin_turn(self):
+        """What a row holds beyond its share after decoding leaves: what would have left next, within the slack."""
+        for layer, row in self._places():
+            kept, point, ratio = self.kept[layer][row], self.points[layer][row], self.ratios[layer][row]
+            if point is not None and ratio < 1 and self.tokens[row] > self.began[row]:
+                beyond = math.floor(max(0, len(kept) - self.tokens[row] * ratio))
+                if self.origins[layer][row] is None:
+                    self.origins[layer][row] = point
+                origin = self.origins[layer][row]
+                del kept[origin : origin + min(self.setup.slack, beyond)]
 
     def _first_ratios(self, real, chosen, importance):
         """Of the profile; or what a search on the row's own prompt found, if there was enough to search in."""
@@ -204,10 +210,7 @@ class Naive:
             most = 1 + self.setup.slack
             if point is None or ratio == 1 or len(kept) - self.tokens[row] * ratio < most:
                 continue
-            if self.owed[layer][row]:
-                kept.remove(self.owed[layer][row].pop(0))
-                self.points[layer][row] -= 1
-            elif point < before:  # the newcomer itself never leaves
+            if point < before:  # the newcomer itself never leaves
                 del kept[point]
             assert len(kept) - self.tokens[row] * ratio < most or len(kept) <= max(before, 1), "law 5"
 
@@ -219,9 +222,9 @@ class Naive:
     def take(self, rows):
         self.tokens = [self.tokens[row] for row in rows]
         self.fed = self.fed[:, :, rows]
-        for numbers in (self.ratios, self.points):
+        for numbers in (self.ratios, self.points, self.origins):
             numbers[:] = [[of_layer[row] for row in rows] for of_layer in numbers]
-        self.owed = [[list(of_layer[row]) for row in rows] for of_layer in self.owed]
+        self.began = [self.began[row] for row in rows]
         self.kept = [[list(of_layer[row]) for row in rows] for of_layer in self.kept]
 
     def crop(self, removed, tokens):
@@ -236,9 +239,8 @@ class Naive:
             self.kept[layer][row] = kept
             if self.points[layer][row] is not None:  # a crop into the prompt takes the fixed point with it
                 self.points[layer][row] = min(self.points[layer][row], max(len(kept) - 1, 0))
-                self.owed[layer][row] = [
-                    gone for gone in self.owed[layer][row] if gone in kept[: self.points[layer][row]]
-                ]
+            if self.origins[layer][row] is not None:
+                self.origins[layer][row] = min(self.origins[layer][row], len(kept))
         self.tokens = tokens
 
 

@@ -28,11 +28,14 @@ from .profile import check_budget
 def run_bench(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]) -> None:
     """The command: a table on standard output, and with `--json` all figures as one line. Bad input fails first."""
     budgets = [check_budget(budget) for budget in arguments.budgets]
-    for name in ("new_tokens", "batch_size", "turns"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}")
+    for name in ("tokens", "new_tokens", "batch_size", "turns"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {number}")
     if arguments.tokens is None and not arguments.prompt:
         raise ValueError("say what the model shall read: --image FILE --prompt TEXT, or --tokens N of random text")
+    if arguments.tokens is not None and (arguments.image or arguments.prompt):
+        raise ValueError("--tokens is random text; leave --image and --prompt out")
     options = cache_options(arguments)
     pictures = [open_image(path) for path in arguments.image]
     print(f"loading {arguments.model}", file=sys.stderr)
@@ -57,8 +60,6 @@ def run_bench(arguments: argparse.Namespace, load: Callable[[], tuple[Any, Any]]
 def _inputs(arguments: argparse.Namespace, model: Any, processor: Any, pictures: list[Any]) -> dict[str, Any]:
     if arguments.tokens is None:
         return dict(prepare(processor, [(arguments.prompt, pictures)] * arguments.batch_size, model.device))
-    if pictures or arguments.prompt:
-        raise ValueError("--tokens is random text; leave --image and --prompt out")
     # Plain words only: special and image tokens stand at the ends of a vocabulary.
     words = model.config.get_text_config().vocab_size // 2
     random = torch.Generator().manual_seed(0)

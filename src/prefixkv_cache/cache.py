@@ -32,7 +32,7 @@ from .layer import Prompt, PrunedLayer
 from .lengths import check_clips, clip_ratios, dithered_count, pyramid_ratios, temper_counts, temper_ratios
 from .masks import layer_mask, real_tokens
 from .profile import PrefixProfile, ProfileError, check_budget, prompt_counts
-from .scoring import Ranking, check_choice, check_fraction, text_queries
+from .scoring import Ranking, check_choice, check_fraction, text_queries, to_float
 from .selection import places, select_keys
 from .threshold import search_threshold
 
@@ -44,7 +44,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
     {
         "queries": "all", "distance": 25, "slack": 0, "novelty": 0.0, "diversity": 0.0, "average": "sum",
         "heads": "mean", "pooling": 1, "value_norm": False, "lengths": "search", "floor": 0.0, "cap": None,
-        "temperature": 0.0, "recent": 1, "evict": "fixed-point", "merge": None,
+        "temperature": 0.0, "recent": 1, "evict": "fixed-point", "merge": None, "text_floor": 0.0,
     }
 )  # fmt: skip
 """PrefixKV as published, as arguments of `PrefixKVCache`; see `PrefixKVCache.paper`."""
@@ -67,14 +67,17 @@ class PrefixKVCache(Cache):
        is many patches that say the same; one of them is enough.
     4. Each layer keeps the best by this score, as many as its profile says, or as the search over these scores.
     5. Slack: while decoding, a layer may hold 64 pairs beyond its share of the tokens seen, so that what was just
-       written stays readable; beyond that generated pairs leave, oldest first, and the picture stays.
+       written stays readable; beyond that generated pairs leave, oldest first, and the picture stays. Every turn of a
+       chat has this to itself, up to half of it for the question.
 
     With a profile, a layer is pruned before the next one runs: the peak is the pruned cache and one whole layer.
     Without one, all layers are needed for the search: the peak is the whole prompt cache, once.
 
     A later prompt on the same cache (a second turn, or the next chunk of a long one) is pruned by the same keep ratios
-    over its own tokens; pairs kept earlier stay. Where it brings images of its own and the cache shall know them,
-    assign a mask of all tokens so far: `cache.image_mask = inputs["input_ids"] == model.config.image_token_id`.
+    over its own tokens; pairs kept earlier stay, but for those that an answer held beyond its share: they leave as the
+    next turn begins, and its prompt may keep half of the slack beyond its own (eviction.py). Where it brings images of
+    its own and the cache shall know them, assign a mask of all tokens so far:
+    `cache.image_mask = inputs["input_ids"] == model.config.image_token_id`.
 
     Args:
         profile: a `PrefixProfile`, a path to one, the name of a bundled one, or None: search on the prompt itself.
@@ -110,7 +113,8 @@ class PrefixKVCache(Cache):
             attention received so far (H2O, arXiv 2306.14048). How many leave is the same for all.
         slack: pairs that a layer may hold beyond its share of the tokens seen before one leaves while decoding: with
             `distance=1`, so many generated tokens stay readable beside the prompt's pairs. 0 is the papers' rule: the
-            share is held to the end, at the price of what was just said.
+            share is held to the end, at the price of what was just said, and a short question of a later turn is pruned
+            like a picture.
         merge: `"kv"`: each pruned pair is merged into the nearest that stays (Elastic Cache), `"value"`: its value
             only, None: it is dropped.
         image_mask: bool [batch, n_prompt], True at the image (and video) tokens of the first prompt; what comes behind
@@ -205,7 +209,7 @@ class PrefixKVCache(Cache):
             super().__init__(layers=layers, offloading=offloading)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"offloading={offloading!r} needs streams, which a GPU has: {error}") from None
-        if self.profile is not None:
+        if self.profile is not None and self.budget < 1.0:  # where nothing is pruned, no ranking fits better
             tell_mismatch(self.profile.metadata, self.ranking)
 
     @classmethod
@@ -246,9 +250,9 @@ class PrefixKVCache(Cache):
             budget: fraction of the prompt's KV pairs kept, in (0, 1].
             inputs: what the processor made of the prompt. With them, `image_mask` is filled from the model's image and
                 video token ids, which turns two things on: text is pruned no further than `text_floor`, and
-                `queries="text"` can be asked for. Without an id of either in the config it stays None. (The paper knows
-                nothing of images: for its rule, leave `inputs` out, or give `text_floor=0`.)
-            kwargs: further arguments of `PrefixKVCache`; `**PAPER` for the paper's rule.
+                `queries="text"` can be asked for. Without an id of either in the config it stays None.
+            kwargs: further arguments of `PrefixKVCache`; `**PAPER` for the paper's rule, which knows nothing of images
+                and protects no text.
         """
         kwargs.setdefault("config", model.config)
         if inputs is not None:
@@ -559,10 +563,10 @@ class PrefixKVCache(Cache):
             self._eviction(), recent=share, sink=self.sink, merge=self.merge, max_new_tokens=self.max_new_tokens
         )
 
-    def _eviction(self) -> Callable[[int, int, float, tuple[int, ...]], Eviction]:
+    def _eviction(self) -> Callable[[int, int, float, int | None], Eviction]:
         """The decode rule of a row, made from its pairs stored, tokens seen and keep ratio."""
         if self.distance is None:
-            return FixedPointEviction
+            return partial(FixedPointEviction, slack=self.slack)
         if self.evict == "oldest":
             return partial(FixedPointEviction, point=self.sink, slack=self.slack)
         if self.evict == "least-important":
@@ -658,6 +662,10 @@ class PrefixKVCache(Cache):
                 dithered_count(ratio, length, self._place(layer_idx), len(self._prunable or [0]), sink)
                 for ratio, length in zip(ratios, prompt.lengths, strict=True)
             ]
+        counts = [
+            min(count + allowance, length)
+            for count, allowance, length in zip(counts, layer.allowances, prompt.lengths, strict=True)
+        ]
         self._prune(layer, prompt, counts, ratios, sink)
 
     def _prune_by_search(self) -> None:
@@ -796,7 +804,7 @@ def _bundled_profile(config: Any) -> PrefixProfile | None:
 def _check_recent(recent: Any) -> float:
     if not isinstance(recent, numbers.Real) or isinstance(recent, bool):
         raise TypeError(f"recent must be a number of tokens, or a share of the pairs kept below 1; got {recent!r}")
-    number = float(recent)
+    number = to_float(recent)
     if not number > 0 or (number > 1 and not number.is_integer()):
         raise ValueError(
             f"recent must be a number of tokens, 1 or more, or a share of the pairs kept in (0, 1); got {recent!r}"

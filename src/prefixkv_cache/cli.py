@@ -13,7 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -82,10 +82,22 @@ def _warnings_in_a_line(command: str, tells_cure: bool) -> Iterator[None]:
         warnings.showwarning = others
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as the commands do with all else, and no usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        # A command would hand what it does not know up to the program, whose help does not know it either.
+        arguments, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {shlex.join(unknown)}")
+        return arguments, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prefixkv", description="Prune the KV cache of vision-language models.", allow_abbrev=False
-    )
+    parser = _Parser(prog="prefixkv", description="Prune the KV cache of vision-language models.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run, summary) in COMMANDS.items():

@@ -10,7 +10,6 @@ angles were applied before the keys were stored, so a pair can lie in any slot.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from typing import Protocol
 
 
@@ -41,8 +40,19 @@ class Eviction(Protocol):
         """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
         ...
 
-    def owed(self) -> tuple[int, ...]:
-        """Pairs held beyond the share, which leave first once a later prompt is there: places in their order."""
+    @property
+    def origin(self) -> int | None:
+        """Place, in the order of positions, where the first answer begins; None: no turn has ended yet."""
+        ...
+
+    @property
+    def beyond(self) -> range:
+        """Pairs held beyond the share, which leave when the next turn begins: places in the order of positions."""
+        ...
+
+    @property
+    def allowance(self) -> int:
+        """Tokens of the next prompt that may be kept beyond the share."""
         ...
 
 
@@ -54,8 +64,10 @@ class FixedPointEviction:
     insertion order; `stored_at_prompt // 2` where that is below 1) leaves. All that stand from `P` on are thus a
     queue: the oldest leaves first, and the newcomer takes its slot.
 
-    With slack, an answer ends with pairs beyond its row's share. A later prompt does not forgive them: they leave
-    before anything of the new turn does, so that every answer has the same slack to itself.
+    With slack, an answer ends with pairs beyond its row's share. As many leave when the next turn begins, of all that
+    came behind the first prompt the oldest, so that every turn has the slack to itself: up to half of it for the
+    prompt, which is a short question mostly and lost if it is pruned like a picture, and the rest for the answer. A
+    prompt in chunks is one prompt, not several turns.
 
     Where we differ from the published code: there the pair that leaves is still visible to the token that pushes it
     out; here it is overwritten before that token's attention, so a layer never holds one pair more than its share.
@@ -67,27 +79,26 @@ class FixedPointEviction:
         distance: P lies this many pairs before the prompt's end; at least 1. None: nothing leaves.
         point: P itself, instead of a distance: `sink` makes everything behind the sink a queue (StreamingLLM).
         slack: pairs that may be held beyond the share before one leaves (the papers: 0).
-        owed: what the row before a later prompt owed, rising; these slots are emptied first.
+        origin: that of the row before this prompt.
     """
 
-    __slots__ = ("debts", "keep", "paid", "point", "queue", "seen", "slack", "stored")
+    __slots__ = ("_origin", "began", "keep", "point", "queue", "seen", "slack", "stored")
 
     def __init__(
         self,
         stored: int,
         seen: int,
         keep: float,
-        owed: Iterable[int] = (),
+        origin: int | None = None,
         *,
         distance: int | None = None,
         point: int | None = None,
         slack: int = 0,
     ):
         self.stored, self.seen, self.keep, self.slack = stored, seen, keep, slack
+        self._origin, self.began = origin, seen  # decoding begins here
         self.point: int | None = None
         self.queue: deque[int] = deque()
-        self.debts: deque[int] = deque()
-        self.paid = 0  # debts that have left
         if keep >= 1.0:
             return
         if point is not None:
@@ -95,14 +106,13 @@ class FixedPointEviction:
         elif distance is not None:
             self.point = stored - distance if stored - distance >= 1 else stored // 2
         if self.point is not None:
-            self.debts.extend(slot for slot in owed if slot < self.point)
             self.queue.extend(range(self.point, stored))
 
     def next_slot(self) -> int | None:
         """Take in one more token and return the slot for its pair: the leaving pair's, or the first unused one."""
         self.seen += 1
-        if (self.debts or self.queue) and self.stored + 1 - self.seen * self.keep >= 1 + self.slack:
-            slot = self._pay() if self.debts else self.queue.popleft()
+        if self.queue and self.stored + 1 - self.seen * self.keep >= 1 + self.slack:
+            slot = self.queue.popleft()
         else:
             slot = self.stored
             self.stored += 1
@@ -113,37 +123,38 @@ class FixedPointEviction:
     def copy(self) -> FixedPointEviction:
         """An independent continuation of the same row (a beam that splits)."""
         twin = FixedPointEviction(self.stored, self.seen, self.keep, slack=self.slack)
-        twin.point, twin.queue, twin.debts, twin.paid = self.point, self.queue.copy(), self.debts.copy(), self.paid
+        twin._origin, twin.began, twin.point, twin.queue = self._origin, self.began, self.point, self.queue.copy()
         return twin
 
     def shortened(self, stored: int, removed: int) -> FixedPointEviction:
         """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
         twin = FixedPointEviction(stored, max(stored, self.seen - removed), self.keep, slack=self.slack)
+        twin._origin, twin.began = None if self._origin is None else min(self._origin, stored), self.began
         if self.point is not None:
             twin.point = min(self.point, max(stored - 1, 0))
-            twin.debts.extend(place for place in self._debts_in_order() if place < twin.point)
             twin.queue.extend(range(twin.point, stored))
         return twin
 
-    def owed(self) -> tuple[int, ...]:
-        """Pairs held beyond the share, which leave first once a later prompt is there: places in their order.
+    @property
+    def origin(self) -> int | None:
+        """Place, in the order of positions, where the first answer begins; None: no turn has ended yet."""
+        return self.point if self._origin is None and self.seen > self.began else self._origin
 
-        As many as the slack at most: a layer that holds more because of its least length keeps that.
+    @property
+    def beyond(self) -> range:
+        """Pairs held beyond the share, which leave when the next turn begins: places in the order of positions.
+
+        As many as the slack at most: a row that holds more because of its least length keeps that.
         """
-        if self.point is None:
-            return ()
+        if self.origin is None or self.point is None or self.seen <= self.began:
+            return range(0)
         number = min(self.slack, int(max(0.0, self.stored - self.seen * self.keep)))
-        return tuple([*self._debts_in_order(), *range(self.point, self.stored)][:number])
+        return range(self.origin, min(self.origin + number, self.stored))
 
-    def _pay(self) -> int:
-        """The slot of the oldest debt. What stood behind it moves up, the fixed point with it."""
-        assert self.point is not None, "a row in which nothing leaves has no debts"
-        self.point, self.paid = self.point - 1, self.paid + 1
-        return self.debts.popleft()
-
-    def _debts_in_order(self) -> list[int]:
-        """Places of the debts by position: each that has left moved those behind it down by one."""
-        return [slot - self.paid for slot in self.debts]
+    @property
+    def allowance(self) -> int:
+        """Tokens of the next prompt that may be kept beyond the share."""
+        return self.slack // 2 if self.seen > self.began else 0
 
 
 class LeastImportantEviction:
@@ -153,14 +164,14 @@ class LeastImportantEviction:
         stored: pairs in the row after the prompt.
         seen: real tokens that the row was fed so far.
         keep: keep ratio of the layer, fraction kept in [0, 1]. At 1 nothing leaves.
-        owed: not looked at.
         slack: pairs that may be held beyond the share before one leaves (the paper: 0).
+        origin: not looked at.
     """
 
     __slots__ = ("keep", "seen", "slack", "stored")
 
-    def __init__(self, stored: int, seen: int, keep: float, owed: Iterable[int] = (), *, slack: int = 0):
-        del owed  # what leaves first is for the attention received to say
+    def __init__(self, stored: int, seen: int, keep: float, origin: int | None = None, *, slack: int = 0):
+        del origin  # all turns are alike
         self.stored, self.seen, self.keep, self.slack = stored, seen, keep, slack
 
     def next_slot(self) -> int | None:
@@ -175,10 +186,20 @@ class LeastImportantEviction:
         """An independent continuation of the same row (a beam that splits)."""
         return LeastImportantEviction(self.stored, self.seen, self.keep, slack=self.slack)
 
+    @property
+    def origin(self) -> None:
+        """None: the least important pair leaves, of whichever turn it is."""
+
+    @property
+    def beyond(self) -> range:
+        """None: the least important pair leaves, of whichever turn it is."""
+        return range(0)
+
+    @property
+    def allowance(self) -> int:
+        """None: what is held beyond the share does not leave between turns."""
+        return 0
+
     def shortened(self, stored: int, removed: int) -> LeastImportantEviction:
         """The row after its newest `removed` tokens were taken back."""
         return LeastImportantEviction(stored, max(stored, self.seen - removed), self.keep, slack=self.slack)
-
-    def owed(self) -> tuple[int, ...]:
-        """Nothing: the least important pair leaves, of whichever turn it is."""
-        return ()

@@ -10,9 +10,9 @@ head to head: counts and slots do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from .compat import MaxLengthNames, explain_crop, n_queries
 from .eviction import Eviction, FixedPointEviction, LeastImportantEviction
 from .merging import merge_pruned
 from .schedule import Schedule, keep_address
+
+T = TypeVar("T")
 
 STEPS_PER_GROWTH = 64
 """Where the number of decode steps is not known beforehand, buffers grow by what so many steps need: growing copies a
@@ -99,7 +101,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     """Keys and values of one decoder layer, pruned to a length of its own.
 
     Args:
-        evict: makes a row's decode rule of its `(stored, seen, keep, owed)`; see eviction.py. By default nothing
+        evict: makes a row's decode rule of its `(stored, seen, keep, origin)`; see eviction.py. By default nothing
             leaves.
         recent: share of a row's pairs, in [0, 1), that are its newest and never the least important.
         sink: number of first pairs that are never the least important.
@@ -120,7 +122,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
     def __init__(
         self,
-        evict: Callable[[int, int, float, tuple[int, ...]], Eviction] = FixedPointEviction,
+        evict: Callable[[int, int, float, int | None], Eviction] = FixedPointEviction,
         *,
         recent: float = 0.0,
         sink: int = 0,
@@ -216,8 +218,12 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def keep_ratios(self) -> list[float]:
         """Keep ratio of each row, fraction kept; empty before the first prompt was pruned."""
-        ratios = [row.keep for row in self._rows]
-        return ratios if len(ratios) != 1 else ratios * self.batch_size
+        return self._per_row("keep", 0.0) if self._rows else []
+
+    @property
+    def allowances(self) -> list[int]:
+        """Tokens of a later prompt that each row may keep beyond its share."""
+        return self._per_row("allowance", 0)
 
     def slot_positions(self) -> Tensor:
         """The logical position of the pair in each slot, -1 where a slot holds nothing.
@@ -343,15 +349,16 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         columns = (kept + n_old).masked_fill_(kept < 0, -1)
         heads = max(each.shape[1] for each in (columns, positions, scores) if each is not None)
         columns = columns.expand(-1, heads, -1)
+        leaving = self._per_row("beyond", range(0))
         if n_old:
-            old = _in_order(positions[..., :n_old])
+            old = _without(_in_order(positions[..., :n_old]), leaving)
             columns = _close_up(torch.cat([old.expand(-1, heads, -1), columns], dim=2))
-        held = [old + new for old, new in zip(self._per_row("stored"), counts, strict=True)]
-        seen = [old + new for old, new in zip(self._per_row("seen"), prompt.lengths, strict=True)]
-        owed = [row.owed() for row in self._rows] or [()]
+        held = [old - len(of_row) for old, of_row in zip(self._per_row("stored", 0), leaving, strict=True)]
+        held = [old + new for old, new in zip(held, counts, strict=True)]
+        seen = [old + new for old, new in zip(self._per_row("seen", 0), prompt.lengths, strict=True)]
 
         self._width = max(held)
-        states = list(zip(held, seen, keep, owed * (len(held) // len(owed)), strict=True))
+        states = list(zip(held, seen, keep, self._per_row("origin", None), strict=True))
         states = states[:1] if len(set(states)) == 1 else states
         self._rows = [self._evict(*state) for state in states]
         self._in_place = self._in_place and self._width == self._seen and not self.ragged
@@ -388,7 +395,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def accumulates(self) -> bool:
         """Whether the decode rule asks how much attention each pair has received: then `accumulate` is to be called."""
-        return isinstance(self._rows[0] if self._rows else self._evict(0, 0, 0.0, ()), LeastImportantEviction)
+        return isinstance(self._rows[0] if self._rows else self._evict(0, 0, 0.0, None), LeastImportantEviction)
 
     def _all_scores(self, prompt: Prompt) -> Tensor:
         """float32 [batch, 1 or heads, stored + n_new]: of the old pairs, then of the prompt's."""
@@ -414,10 +421,10 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
             importance = importance.mean(1, keepdim=True)
         scores[..., : self._width] += importance
 
-    def _per_row(self, number: str) -> list[int]:
-        """`stored` or `seen` of every row, 0 before the first prompt."""
-        numbers = [getattr(row, number) for row in self._rows] or [0]
-        return numbers if len(numbers) > 1 else numbers * self.batch_size
+    def _per_row(self, name: str, before: T) -> list[T]:
+        """An attribute of every row's decode rule, or what it is before the first prompt."""
+        found = [getattr(row, name) for row in self._rows] or [before]
+        return found if len(found) > 1 else found * self.batch_size
 
     def _decode(self, buffers: Buffers, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token: its pair goes to the slot of the pair that leaves, or to the first unused one."""
@@ -600,6 +607,18 @@ def _take(source: Tensor, index: Tensor) -> Tensor:
         for head in range(heads):
             torch.index_select(source[row, head], 0, index[row, head], out=taken[row, head])
     return taken
+
+
+def _without(order: Tensor, places: Sequence[range]) -> Tensor:
+    """Columns of [batch, 1 or heads, n] with those at a range of places of each row set to -1."""
+    if not any(places):
+        return order
+    place = torch.arange(order.shape[2], device=order.device)
+    first, end = (
+        torch.tensor(each, device=order.device)[:, None, None]
+        for each in zip(*((of_row.start, of_row.stop) for of_row in places), strict=True)
+    )
+    return order.masked_fill((place >= first) & (place < end), -1)
 
 
 def _in_order(positions: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .scoring import check_fraction
+from .scoring import check_fraction, to_float
 
 
 def check_clips(floor: Any, cap: Any) -> tuple[float, float | None]:
@@ -30,10 +29,10 @@ def check_clips(floor: Any, cap: Any) -> tuple[float, float | None]:
         return floor, None
     if not isinstance(cap, numbers.Real) or isinstance(cap, bool):
         raise TypeError(f"{meaning}; got {cap!r}")
-    # nan fails every comparison, and a larger integer has no float.
-    if not (cap <= sys.float_info.max and float(cap) >= 1.0):
+    number = to_float(cap)
+    if not 1.0 <= number < math.inf:
         raise ValueError(f"{meaning}; got {cap!r}")
-    return floor, float(cap)
+    return floor, number
 
 
 def clip_ratios(

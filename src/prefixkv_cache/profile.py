@@ -31,6 +31,7 @@ from safetensors import SafetensorError, deserialize
 
 from .bundled import bundled_dir
 from .calibrated_for import calibrated_ranking
+from .scoring import to_float
 
 FORMAT = "prefixkv-profile"
 FORMAT_VERSION = 1
@@ -69,8 +70,8 @@ def check_budget(budget: Any) -> float:
     cure = "give a fraction of the prompt's KV pairs to keep, in (0, 1], such as 0.5"
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget is {budget!r}, of type {type(budget).__name__}; {cure}")
-    # Compared before the conversion, which overflows for a huge int; and after it, which may round a fraction to 0.
-    fraction = float(budget) if budget <= 1 else math.inf
+    # Compared before the conversion, which may round to 1; and after it, which may round to 0.
+    fraction = to_float(budget) if budget <= 1 else math.inf
     if not 0 < fraction <= 1:  # nan fails every comparison
         raise ValueError(f"budget is {budget!r}; {cure}")
     return fraction

@@ -7,6 +7,7 @@ papers': the mean over the heads, and nothing else.
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Iterator
@@ -91,9 +92,9 @@ def rank_keys(
 ) -> Tensor:
     """The scores by which keys are kept, from their importance.
 
-    A key or value that holds nan or inf (or is too large for a norm in float32, beyond 1e19) says nothing: its norm
-    counts as 0, and it is neither novel nor unlike the others. An importance of nan stays nan. Neither changes the score
-    of any other key, and without such numbers all scores are finite.
+    A key or value that holds nan or inf says nothing: its norm counts as 0, and it is neither novel nor unlike the
+    others. (So does one too large for a norm in float32, beyond 1e18; novelty knows no such limit.) An importance of
+    nan stays nan. Neither changes how the other keys compare.
 
     Args:
         importance: float32 [batch, kv_heads, n], or [batch, 1, n] where no field of the ranking looks at single heads.
@@ -147,7 +148,7 @@ def pool_neighbours(scores: Tensor, width: int, real: Tensor | None = None) -> T
         width: odd.
         real: bool [batch, n] or None.
     """
-    width = min(width, 2 * scores.shape[2] - 1)  # from the last key to the first; more does not fit a machine's integer
+    width = min(width, 2 * scores.shape[2] - 1)  # so wide, each key sees all the others
     unknown = scores.isnan()
     silent = unknown if real is None else unknown | ~real[:, None]
     largest = F.max_pool1d(scores.masked_fill(silent, 0.0), width, stride=1, padding=width // 2)
@@ -162,7 +163,7 @@ def join_heads(scores: Tensor, how: str) -> Tensor:
 
 
 def vector_norms(vectors: Tensor) -> Tensor:
-    """The L2 norm of each vector: [batch, heads, n, size] -> float32 [batch, heads, n]; nan or inf where it has none."""
+    """The L2 norm of each vector, nan or inf if it has none: [batch, heads, n, size] -> float32 [batch, heads, n]."""
     norms = torch.empty(vectors.shape[:3], dtype=torch.float32, device=vectors.device)
     for rows, heads, spans in _pieces(vectors):
         for span in spans:
@@ -269,8 +270,8 @@ def discount_repetition(
 def _sketch(values: Tensor, together: bool, ranks: HeadRanks = ALONE) -> Tensor:
     """[batch, heads, n, size] -> float32 [batch, 1 or heads, n, at most 32] of about the same cosine similarities.
 
-    (Johnson-Lindenstrauss.) In float32, a piece at a time: in half precision the sums would overflow. What is not
-    finite in a value is not finite in its sketch.
+    (Johnson-Lindenstrauss.) A piece at a time, in float32 where the values are float16, whose sums would overflow. What
+    is not finite in a value is not finite in its sketch.
 
     Args:
         values: as they are.
@@ -283,12 +284,13 @@ def _sketch(values: Tensor, together: bool, ranks: HeadRanks = ALONE) -> Tensor:
     if long <= _SKETCH:
         values = ranks.gather(values).float()
         return values.transpose(1, 2).flatten(2)[:, None] if together else values
-    signs = _signs(long, values.device).unflatten(0, (-1, size))  # of each head, where they are not all the same
+    dtype = torch.float32 if values.dtype == torch.float16 else values.dtype
+    signs = _signs(long, dtype, values.device).unflatten(0, (-1, size))  # of each head, where they are not all the same
     signs = signs[heads * ranks.place : heads * (ranks.place + 1)] if together else signs.expand(heads, -1, -1)
     sketch = torch.zeros(batch, 1 if together else heads, n, _SKETCH, device=values.device)
     for rows, some, spans in _pieces(values):
         for span in spans:
-            projected = values[rows, some, span].float() @ signs[some]
+            projected = (values[rows, some, span].to(dtype) @ signs[some]).float()
             if together:
                 sketch[rows, :, span] += projected.sum(1, keepdim=True)
             else:
@@ -297,14 +299,14 @@ def _sketch(values: Tensor, together: bool, ranks: HeadRanks = ALONE) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _signs(size: int, device: torch.device) -> Tensor:
+def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """1 and -1 by chance, [size, 32], the same on every device and rank.
 
     Kept, since all layers ask for the same: drawing them takes longer than using them.
     """
     with torch.inference_mode(False):  # else who asked first would decide what others may do with it
         source = torch.Generator().manual_seed(0)
-        return (torch.randint(0, 2, (size, _SKETCH), generator=source) * 2 - 1).to(device, torch.float32)
+        return (torch.randint(0, 2, (size, _SKETCH), generator=source) * 2 - 1).to(device, dtype)
 
 
 def _repetition(scores: Tensor, sketch: Tensor) -> Tensor:
@@ -371,18 +373,19 @@ def _check_queries(queries: Any) -> int | str:
 
 
 def _check_pooling(pooling: Any) -> int:
-    if not isinstance(pooling, numbers.Integral) or isinstance(pooling, bool) or pooling < 1 or pooling % 2 == 0:
+    width = int(pooling) if isinstance(pooling, numbers.Integral) and not isinstance(pooling, bool) else 0
+    if not 1 <= width <= sys.maxsize or width % 2 == 0:
         raise ValueError(f"pooling must be an odd number of keys, 1 or more; got {pooling!r}")
-    return int(pooling)
+    return width
 
 
 def _check_exponent(novelty: Any) -> float:
     if not isinstance(novelty, numbers.Real) or isinstance(novelty, bool):
         raise TypeError(f"novelty must be a number, 0 or more; got {novelty!r}")
-    # nan fails every comparison, and a larger integer has no float.
-    if not 0 <= novelty <= sys.float_info.max:
+    exponent = to_float(novelty)
+    if not 0.0 <= exponent < math.inf:
         raise ValueError(f"novelty must be a number, 0 or more, that a float can hold; got {novelty!r}")
-    return float(novelty)
+    return exponent
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
@@ -397,6 +400,15 @@ def check_fraction(name: str, value: Any) -> float:
     """The value as a float; a TypeError or ValueError that names it where it is no number in [0, 1]."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number from 0 to 1; got {value!r}")
-    if not 0 <= value <= 1:  # before the conversion, which overflows for a huge integer; nan fails every comparison
+    fraction = to_float(value)
+    if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"{name} must be a number from 0 to 1; got {value!r}")
-    return float(value)
+    return fraction
+
+
+def to_float(value: Any) -> float:
+    """A real number as a float: infinity where it is too large for one, as only integers and fractions can be."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

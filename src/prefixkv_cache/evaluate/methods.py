@@ -122,6 +122,12 @@ def _parse(text: str, profile: str | None, as_published: bool) -> Method:
             _maker(base)(budget=0.5, **options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"method {text!r}: {error}") from error
+    if (base == "prefixkv" or loaded is not None) and (lengths := options.get("lengths", "search")) != "search":
+        without = "online" if base == "prefixkv" else base
+        raise ValueError(
+            f"method {text!r} goes by a profile, and lengths={lengths!r} contradicts it: each says how long the layers "
+            f"are; without a profile, write {f'{without}:lengths={lengths}'!r}"
+        )
     return Method(text, base, options, loaded)
 
 
