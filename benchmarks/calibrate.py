@@ -13,21 +13,13 @@ Before anything is timed, the importances are held against plain attention weigh
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch.profiler import ProfilerActivity, profile
+from measure import RESULTS, numbers, peak_bytes, store, take_turns
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from prefixkv_cache.calibrate import DEFAULT_BUDGETS
@@ -36,7 +28,6 @@ from prefixkv_cache.observe import observe
 from prefixkv_cache.scoring import Ranking
 from prefixkv_cache.threshold import search_lengths
 
-RESULTS = Path(__file__).resolve().parent / "results"
 RANKINGS = {"plain, 32": plain_ranking(32), "plain, all": plain_ranking("all"), "default": DEFAULT}
 IMAGE, IMAGE_TOKENS, VOCABULARY = 9, 576, 1000
 
@@ -99,46 +90,12 @@ def check(model: Any, sample: dict[str, torch.Tensor]) -> float:
     return worst
 
 
-def seconds(call: Callable[[], None]) -> tuple[float, float]:
-    """Wall time, and processor time of all threads, which other programs on the machine disturb less."""
-    synchronize()
-    wall, processor = time.perf_counter(), time.process_time()
-    call()
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
-    """What the call needs at its peak, beyond what stood before."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(held, default=0)
-
-
 def measure(model: Any, length: int, repeats: int) -> list[dict[str, Any]]:
     sample = make_sample(length, model)
     calls: dict[str, Callable[[], None]] = {"plain": lambda: plain_forward(model, sample)}
     for name, ranking in RANKINGS.items():
         calls[name] = lambda ranking=ranking: calibrate_sample(model, sample, ranking)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):  # in turn, so that what else the machine does meets all alike
-        for name, call in calls.items():
-            times[name].append(seconds(call))
+    times = take_turns(calls, repeats)
     memory = {name: peak_bytes(call, model.device) for name, call in calls.items()}
     return [_row(length, name, times, memory) for name in RANKINGS]
 
@@ -169,27 +126,9 @@ def attention_share(hidden: int, length: int) -> float:
     return attention / (attention + 2 * length * hidden**2 * (4 + 3 * 11 / 4))
 
 
-def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    if arguments.device.startswith("cuda"):
-        name = f"{torch.cuda.get_device_name()}; {name}"
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[1024, 2048, 4096])
+    parser.add_argument("--lengths", type=numbers, default=[1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -219,15 +158,7 @@ def main() -> None:
                 f"{row['attention_share']:.0%} of its arithmetic",
                 flush=True,
             )
-    created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
-    geometry = {name: getattr(arguments, name) for name in ("hidden", "layers", "dtype", "device", "repeats")}
-    result = {"benchmark": "calibrate", "created": created, **geometry, "machine": machine(arguments), "rows": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"calibrate-{created}.json"
-    with open(path, "x", encoding="utf-8") as file:  # never over an older one
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    print(json.dumps(result))
+    store("calibrate", arguments, rows)
 
 
 if __name__ == "__main__":

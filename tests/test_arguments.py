@@ -22,7 +22,7 @@ from oracle import feed, prompt_count
 from prefixkv_cache import PAPER, PrefixKVCache, PrefixProfile
 from prefixkv_cache.baselines import UniformCache
 from rules import PLAIN, Rules, staggered_count
-from watch import CLOSE, build, follow, greedy, prompt, rows_alone_are, run
+from watch import CLOSE, beams_are_true, build, follow, greedy, prompt, rows_alone_are, run
 
 FAMILIES = ("llava_gqa", "qwen2_5_vl")
 STEPS, TURNS = 18, 2  # forward passes in a turn, the first of them its prompt
@@ -314,17 +314,7 @@ def test_rows_that_move(choice, operation):
 @pytest.mark.parametrize("choice", [CHOICES[-2], CHOICES[-1]], ids=["everything", "everything-by-profile"])
 def test_beams_are_true(choice):
     """The mask is the prompts', the batch is the beams'."""
-    family = "llava_gqa"
-    model, inputs = build(family, "sdpa"), prompt(family, PADDED)
-    output = model.generate(
-        **inputs, past_key_values=choice.cache(family), max_new_tokens=10, do_sample=False, num_beams=2,
-        num_return_sequences=2, return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
-    )  # fmt: skip
-    for beam in range(2):
-        tokens = output.sequences[beam::2, 61:]
-        logits, _ = feed(model, inputs, tokens, choice.cache(family))
-        scores = logits.log_softmax(-1).gather(2, tokens[..., None]).sum((1, 2))
-        assert (scores - output.sequences_scores[beam::2]).abs().max() < 1e-3
+    beams_are_true("llava_gqa", lambda: choice.cache("llava_gqa"), n_beams=2, new=10)
 
 
 def test_reset_forgets_the_image():

@@ -31,7 +31,7 @@ from prefixkv_cache.baselines import (
     UniformCache,
 )
 from rules import Rules, pyramid, staggered_count
-from watch import CLOSE, Watch, build, follow, greedy, masked, prompt, rows_alone_are, run, talk
+from watch import CLOSE, Watch, beams_are_true, build, follow, greedy, masked, prompt, rows_alone_are, run, talk
 
 FAMILIES = ("llava_mha", "llava_gqa", "qwen2_5_vl")
 STEPS = 41  # forward passes: the prompt and 40 tokens
@@ -301,18 +301,7 @@ def test_law_8_reset_is_like_new(method):
 
 @each_with_heads
 def test_beams_are_true(method):
-    """Each beam's score is what the method gives for its tokens by themselves, evictions and all."""
-    family = "llava_gqa"
-    model, inputs = build(family, "sdpa"), prompt(family, PADDED)
-    output = model.generate(
-        **inputs, past_key_values=method.cache(family), max_new_tokens=15, do_sample=False, num_beams=3,
-        num_return_sequences=3, return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
-    )  # fmt: skip
-    for beam in range(3):
-        tokens = output.sequences[beam::3, 61:]
-        logits, _ = feed(model, inputs, tokens, method.cache(family))
-        scores = logits.log_softmax(-1).gather(2, tokens[..., None]).sum((1, 2))
-        assert (scores - output.sequences_scores[beam::3]).abs().max() < 1e-3
+    beams_are_true("llava_gqa", lambda: method.cache("llava_gqa"), n_beams=3, new=15)
 
 
 def test_snapkv_crop_takes_the_last_tokens_back():

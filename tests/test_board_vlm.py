@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLForConditionalGeneration
 
+from answers import prompts, replies
 from prefixkv_cache.demo import boards
 
 ROOT = Path(__file__).parents[1]
@@ -43,19 +44,6 @@ def examples():
         yield train_scene_vlm
     finally:
         sys.path.remove(str(ROOT / "examples"))
-
-
-def prompts(processor, items):
-    """Left-padded inputs for (board, prompt) pairs, made as a user of the chat template makes them."""
-    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for _, text in items]
-    texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
-    return processor(images=[board.image for board, _ in items], text=texts, padding=True, return_tensors="pt")
-
-
-def replies(model, processor, items):
-    inputs = prompts(processor, items)
-    out = model.generate(**inputs, past_key_values=DynamicCache(config=model.config))
-    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 # --- what it is -------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from answers import prompts, replies
 from prefixkv_cache.demo import scenes
 
 CHECKPOINT = Path(__file__).parents[1] / "models" / "scene-llava"
@@ -117,19 +118,6 @@ def processor():
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-
-
-def prompts(processor, items):
-    """Left-padded inputs for (scene, prompt) pairs, made as a user of the chat template makes them."""
-    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for _, text in items]
-    texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
-    return processor(images=[scene.image for scene, _ in items], text=texts, padding=True, return_tensors="pt")
-
-
-def replies(model, processor, items):
-    inputs = prompts(processor, items)
-    out = model.generate(**inputs, past_key_values=DynamicCache(config=model.config))
-    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_the_checkpoint_is_small_and_half_precision():

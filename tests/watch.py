@@ -138,6 +138,20 @@ def follow(family, attn, lengths, cache, rules, steps, turns=1):
     return logits, watch
 
 
+def beams_are_true(family, new_cache, n_beams, new):
+    """Each beam's score is what the cache gives for its tokens by themselves, evictions and all."""
+    model, inputs = build(family, "sdpa"), prompt(family, models.PADDED)
+    output = model.generate(
+        **inputs, past_key_values=new_cache(), max_new_tokens=new, do_sample=False, num_beams=n_beams,
+        num_return_sequences=n_beams, return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+    )  # fmt: skip
+    for beam in range(n_beams):
+        tokens = output.sequences[beam::n_beams, inputs["input_ids"].shape[1] :]
+        logits, _ = feed(model, inputs, tokens, new_cache())
+        scores = logits.log_softmax(-1).gather(2, tokens[..., None]).sum((1, 2))
+        assert (scores - output.sequences_scores[beam::n_beams]).abs().max() < 1e-3
+
+
 def masked(family, lengths, watch, steps, turns=1):
     """Logits of a full cache that is masked, head by head, by what a cache says that it kept."""
     oracle = Oracle(build(family), Given(watch.kept))

@@ -123,33 +123,39 @@ def importance_of_call(
     mask: Any,
     options: dict[str, Any],
     *,
-    queries: int | str,
+    ranking: Ranking,
     real: torch.Tensor | None,
     max_bytes: int,
-    average: str = "sum",
-    per_head: bool = False,
+    every_query: bool = False,
 ) -> torch.Tensor:
     """Importance of the keys of one attention call, see importance.py.
 
+    Args:
+        module, query, key, mask, options: of the call.
+        ranking: says whose attention counts, and whether single heads are looked at.
+        real: bool [batch, n_queries], whose queries may count; with the queries `"text"`, those of the text.
+        max_bytes: ceiling for the temporaries.
+        every_query: whatever the ranking says, all queries count.
+
     Returns:
-        float32 [batch, n_keys], over all heads, those of other ranks too; with `per_head` [batch, kv_heads, n_keys], of
-        this rank's.
+        float32 [batch, 1, n_keys], over all heads, those of other ranks too; where single heads are looked at, [batch,
+        kv_heads, n_keys] of this rank's.
     """
     importance = attention_importance(
         query,
         key,
         readable(mask),
-        queries=queries,
+        queries="all" if every_query or ranking.queries == "text" else ranking.queries,
         real=real,
         scaling=options.get("scaling"),
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
         log_sum_exp=options.get(LOG_SUM_EXP),
-        average=average,
-        per_head=per_head,
+        average=ranking.average,
+        per_head=ranking.by_head,
         max_bytes=max_bytes,
     )
-    return importance if per_head else join_head_ranks(importance, module)
+    return importance if ranking.by_head else join_head_ranks(importance, module)[:, None]
 
 
 def scores_of_call(

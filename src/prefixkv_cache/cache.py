@@ -467,7 +467,7 @@ class PrefixKVCache(Cache):
         """Whether all queries of this call will be asked for."""
         prompt = self._pruned(handed.layer_idx).prompt
         waiting = prompt is not None and not prompt.attended and not self._keeps_all(handed.layer_idx)
-        return waiting and self.ranking.queries == "all" and self.ranking.average == "sum"
+        return waiting and self.ranking.sums_all
 
     def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask of this layer: its own columns where it does not hold exactly the tokens seen."""
@@ -527,20 +527,17 @@ class PrefixKVCache(Cache):
         self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], prompt: Prompt | None = None
     ) -> Tensor:
         """What each key of an attention call received: float32 [batch, 1 or kv_heads, n_keys]."""
-        ranking = self.ranking
-        importance = importance_of_call(
+        return importance_of_call(
             module,
             query,
             key,
             mask,
             options,
-            queries="all" if prompt is None or ranking.queries == "text" else ranking.queries,
+            ranking=self.ranking,
             real=None if prompt is None else self._counting(prompt),
             max_bytes=self.max_bytes,
-            average=ranking.average,
-            per_head=ranking.by_head,
+            every_query=prompt is None,
         )
-        return importance if ranking.by_head else importance[:, None]
 
     def _counting(self, prompt: Prompt) -> Tensor | None:
         """Whose queries may count, bool [batch, n_new]; None: everybody's."""

@@ -146,7 +146,7 @@ class FixedPointEviction:
 
         As many as the slack at most: a row that holds more because of its least length keeps that.
         """
-        if self.origin is None or self.point is None or self.seen <= self.began:
+        if self.origin is None or self.seen <= self.began:
             return range(0)
         number = min(self.slack, int(max(0.0, self.stored - self.seen * self.keep)))
         return range(self.origin, min(self.origin + number, self.stored))

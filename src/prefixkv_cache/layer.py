@@ -353,8 +353,9 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if n_old:
             old = _without(_in_order(positions[..., :n_old]), leaving)
             columns = _close_up(torch.cat([old.expand(-1, heads, -1), columns], dim=2))
-        held = [old - len(of_row) for old, of_row in zip(self._per_row("stored", 0), leaving, strict=True)]
-        held = [old + new for old, new in zip(held, counts, strict=True)]
+        held = [
+            old - len(left) + new for old, left, new in zip(self._per_row("stored", 0), leaving, counts, strict=True)
+        ]
         seen = [old + new for old, new in zip(self._per_row("seen", 0), prompt.lengths, strict=True)]
 
         self._width = max(held)

@@ -171,7 +171,7 @@ class ObservingCache(Cache):
     def counts_all_queries(self, handed: HandedOut) -> bool:
         """Whether all queries of this call will be asked for."""
         waiting = handed.layer_idx not in self.scores
-        return waiting and self._ranking.queries == "all" and self._ranking.average == "sum"
+        return waiting and self._ranking.sums_all
 
     def before_attention(self, handed: HandedOut, module: Any, query: Tensor, mask: Any, backend: str) -> Any:
         """The mask as it is; which tokens are padding is read off the first one."""
@@ -194,13 +194,10 @@ class ObservingCache(Cache):
             key,
             mask,
             options,
-            queries="all" if ranking.queries == "text" else ranking.queries,
+            ranking=ranking,
             real=self._counting(query, real),
             max_bytes=self._max_bytes,
-            average=ranking.average,
-            per_head=ranking.by_head,
         )
-        importance = importance if ranking.by_head else importance[:, None]
         scores = scores_of_call(importance, keys, values, ranking, real, module)
         of_keys = scores.mean(1)
         # Ranks that hold other heads find other means, and one profile has to serve all of them.

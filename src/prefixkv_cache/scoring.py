@@ -1,8 +1,8 @@
 """From what the keys of a layer received to the scores that rank them.
 
 A pure step between importance.py and selection.py: (importance per head, keys, values) -> scores. Each choice is one
-function behind one field of `Ranking`; they combine freely, in the order in which they stand here. The default is the
-papers': the mean over the heads, and nothing else.
+function behind one field of `Ranking`; they combine freely, in the order in which they stand here. `Ranking()` is the
+plain one: the mean over the heads, and nothing else.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class Ranking:
             raise TypeError(f"value_norm must be True or False; got {self.value_norm!r}")
         object.__setattr__(self, "diversity", check_fraction("diversity", self.diversity))
         object.__setattr__(self, "novelty", _check_exponent(self.novelty))
+
+    @property
+    def sums_all(self) -> bool:
+        """Whether it begins with the papers' importance: summed over all queries."""
+        return self.queries == "all" and self.average == "sum"
 
     @property
     def by_head(self) -> bool:
