@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-versions study-smoke bench nightly fuzz release-check lint demo models docs clean
+.PHONY: install test test-versions test-kernels study-smoke bench nightly fuzz release-check lint demo models docs clean
 
 install: $(STAMP)
 
@@ -15,15 +15,22 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Two processes of one thread: on tiny models a second thread mostly waits for the first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 # The same laws with older releases of transformers; the newest is tested by `make test`. Takes minutes for each.
 test-versions:
-	$(PYTHON) tests/versions.py
+	$(PYTHON) scripts/versions.py
 
-# Every method through the whole evaluation, in small, in half a minute; tests/test_evaluate.py runs the same line.
-STUDY_SMOKE := --model models/scene-llava --data scenes --samples 2 --budgets 0.1,0.5 --kinds object,colour,size --methods prefixkv,online,paper,elastic,h2o,streaming,snapkv,pyramid,uniform,random
+# The laws on every model with the kernels of other machines: plain, AVX2 and this one's best, of torch and of oneDNN.
+KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=ALL
+test-kernels: install
+	set -e; for kernels in $(KERNELS); do echo "$$kernels"; env $$kernels $(PYTEST) -q tests/laws tests/models/test_models.py; done
+
+# Every method through the whole evaluation, in small, in half a minute; tests/tools/test_evaluate.py runs the same line.
+STUDY_SMOKE := --model models/scene-llava --data scenes --samples 2 --budgets 0.1,0.5 --kinds object,colour,size --methods default,prefixkv,elastic,h2o,streaming,snapkv,pyramidkv,uniform,random,keydiff
 
 study-smoke: install
 	rm -rf out/study-smoke
@@ -39,18 +46,18 @@ bench: install
 
 # What takes too long for every change: random sequences, damaged profiles, and whether memory stays where it is.
 nightly: install
-	PREFIXKV_OPERATIONS=100000 PREFIXKV_MUTATIONS=100000 $(BIN)/python -m pytest -s tests/test_stateful.py tests/test_hostile_profiles.py
+	PREFIXKV_OPERATIONS=100000 PREFIXKV_MUTATIONS=100000 $(BIN)/python -m pytest -s tests/laws/test_stateful.py tests/security/test_hostile_profiles.py
 	$(BIN)/python benchmarks/soak.py --minutes 20
 
 # Coverage-guided, for as long as FUZZ_SECONDS says; needs `pip install atheris` (Linux and macOS).
 FUZZ_SECONDS ?= 600
 fuzz: install
-	$(BIN)/python tests/fuzz/fuzz_profile.py -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+	$(BIN)/python tests/security/fuzz/fuzz_profile.py -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
 # Builds what would be published, looks into it, and tries the wheel alone on every Python that is here.
 release-check: install
-	$(BIN)/python -m pytest -q tests/test_public_api.py
-	$(BIN)/python tests/release_check.py
+	$(BIN)/python -m pytest -q tests/units/test_public_api.py
+	$(BIN)/python scripts/release_check.py
 
 lint: install
 	$(BIN)/ruff check
@@ -62,7 +69,7 @@ demo: install
 
 # docs/models.md, measured again; a test holds it against the models.
 models: install
-	$(BIN)/python tests/make_model_table.py --write docs/models.md
+	$(BIN)/python scripts/make_model_table.py --write docs/models.md
 
 # The documentation as a site, in out/site; every warning is an error.
 docs: install
@@ -70,4 +77,4 @@ docs: install
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
-	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from prefixkv_cache import PrefixProfile
+from prefixkv_cache import Method, PrefixProfile
 
 PEAKED = 100.0
 """Over the root of the width, the factor on query and key projections: scores spread by about 4, where a fresh model's
@@ -60,7 +60,7 @@ GEOMETRIES = {
     "qwen2.5-vl-7b": Geometry(QWEN, 28, 3584, 18944, 28, 4, 152064),
     # LLaVA-1.5-7B at a quarter of its width and layers: as much attention at n tokens as the original at 4 n.
     "quarter": Geometry(LLAMA, 8, 1024, 2752, 8, 8, SMALL_VOCABULARY),
-    "tiny": Geometry(LLAMA, 4, 256, 688, 2, 2, SMALL_VOCABULARY),
+    "tiny": Geometry(LLAMA, 2, 256, 688, 4, 4, SMALL_VOCABULARY),
 }
 
 
@@ -94,15 +94,26 @@ def build(name: str, *, layers: int | None = None, dtype: str = "float32", devic
     return model
 
 
-def keep_profile(name: str, layers: int, budget: float) -> PrefixProfile:
-    """A profile whose layers differ: the published one where it fits, else keep ratios that fall from first to last."""
-    if name in PrefixProfile.available() and (published := PrefixProfile.load(name)).n_layers == layers:
-        return published
-    lean = torch.linspace(1, -1, layers, dtype=torch.float64) if layers > 1 else torch.zeros(1, dtype=torch.float64)
-    keep = budget + min(0.5 * budget, 1 - budget) * lean
-    return PrefixProfile(
-        budgets=torch.tensor([budget], dtype=torch.float64), keep=keep[None], metadata={"source": "benchmarks"}
-    )
+def keep_profile(model: Any, budget: float, method: Method, segments: int = 0) -> PrefixProfile:
+    """A profile for this method.
+
+    Args:
+        model: what it is for.
+        budget: its only one, a fraction.
+        method: what it says it was made with.
+        segments: 0: one length a layer, falling from the first layer to the last by half of the budget up and down. n:
+            all layers alike, their key heads in n groups of different lengths; the same total for every n.
+    """
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    n = segments or layers
+    lean = torch.linspace(1, -1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
+    ratios = budget + min((0.8 if segments else 0.5) * budget, 1 - budget) * lean
+    keep = ratios[:, None]
+    if segments:
+        of_heads = ratios[torch.arange(heads) * segments // heads]
+        keep = (of_heads * (budget / of_heads.mean())).expand(layers, heads)
+    metadata = {"source": "benchmarks", "method": method.spell(full=True)}
+    return PrefixProfile(torch.tensor([budget], dtype=torch.float64), keep[None].clone(), metadata)
 
 
 def prompt(model: Any, tokens: int, batch: int = 1) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: turns at the clock, peaks of memory, and results that are stored and never overwritten.
+"""What all benchmarks share: ratios of times, peaks of memory, and results that are stored and never overwritten.
 
 Every figure is a ratio within one run. The variants take turns, one call each, so that whatever else the machine does
 meets all of them alike; a ratio is the median over the turns, with the quartiles beside it. Beside wall time stands the
@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from itertools import accumulate
@@ -27,38 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-Calls = Mapping[str, Callable[[], object]]
 
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-Times = Mapping[str, list[tuple[float, float]]]
-
-
-def seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Wall time and processor time."""
-    synchronize()
-    wall, processor = time.perf_counter(), time.process_time()
-    call()
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def take_turns(calls: Calls, turns: int, warm_up: int = 1) -> dict[str, list[tuple[float, float]]]:
-    """`seconds` of every call in each of `turns` rounds; every second round goes backwards."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for turn in range(warm_up + turns):
-        for name in list(calls) if turn % 2 == 0 else reversed(list(calls)):
-            taken = seconds(calls[name])
-            if turn >= warm_up:
-                times[name].append(taken)
-    return times
-
-
-def ratio(times: Times, name: str, base: str) -> dict[str, Any]:
+def ratio(times: Mapping[str, list[tuple[float, float]]], name: str, base: str) -> dict[str, Any]:
     """Median wall time of `name` and of `base`, and the median and quartiles of their ratio, turn by turn."""
     pairs = list(zip(times[name], times[base], strict=True))
     wall, processor = ([one[at] / max(other[at], 1e-9) for one, other in pairs] for at in (0, 1))
@@ -139,6 +108,10 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def fractions(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def store(benchmark: str, arguments: argparse.Namespace, rows: Iterable[Mapping[str, Any]], **more: Any) -> Path:
     """Write the rows, with the arguments and the machine, to a new file; print them as the last line."""
     created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
@@ -154,12 +127,15 @@ def store(benchmark: str, arguments: argparse.Namespace, rows: Iterable[Mapping[
     return path
 
 
+def verdict(value: float, goal: float | None) -> str:
+    return "" if goal is None else f"   goal {goal:g}: {'met' if value <= goal else 'MISSED'}"
+
+
 def show(title: str, row: Mapping[str, Any], goal: float | None = None) -> None:
-    told = "" if goal is None else f"   goal {goal:g}: {'met' if row['ratio'] <= goal else 'MISSED'}"
     low, high = row["quartiles"]
     print(
         f"{title}: {row['variant']} over {row['against']} {row['ratio']:.3f} ({low:.3f} to {high:.3f}; "
         f"processor time {row['processor_ratio']:.3f}), "
-        f"{row['milliseconds']:.1f} ms against {row['base_milliseconds']:.1f}{told}",
+        f"{row['milliseconds']:.1f} ms against {row['base_milliseconds']:.1f}{verdict(row['ratio'], goal)}",
         flush=True,
     )

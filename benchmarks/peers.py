@@ -6,10 +6,9 @@ kvpress (PyPI) needs transformers before 5.3, so the script makes an environment
 under `--environment`, with CPU torch, and starts itself again there. This library runs from its source in that same
 environment, so both see the same torch and the same transformers. Compared are kvpress' SnapKVPress (a window of last
 queries), KnormPress (no queries at all: the least a press can do) and ObservedAttentionPress (all queries, from eager
-weights, as it needs them) with ours: importance alone, of a window of 32 queries and of all, and the papers' decode
-rule; and our default, which also looks at keys and values and lets answers grow by its slack. Ours with a profile. Time
-of the prompt phase, time of a decode step, bytes of the KV tensors behind the prompt, and the peak of all tensors in
-the prompt phase.
+weights, as it needs them) with ours, by profile: the paper's method with a window of 32 queries and with all of them,
+and the default, by layer and by head in four segments. Time of the prompt phase, time of a decode step, bytes of the KV
+tensors behind the prompt, and the peak of all tensors in the prompt phase.
 """
 
 from __future__ import annotations
@@ -59,11 +58,11 @@ def main() -> None:
 
 def work() -> None:
     from decode import checked_model
-    from measure import numbers, parser, store
+    from measure import fractions, numbers, parser, store
 
     made = parser(__doc__, geometry="quarter", dtype="float32", layers=None)
     made.add_argument("--lengths", type=numbers, default=[1024, 4096])
-    made.add_argument("--budgets", type=lambda text: [float(part) for part in text.split(",")], default=[0.5, 0.2])
+    made.add_argument("--budgets", type=fractions, default=[0.5, 0.2])
     made.add_argument("--turns", type=int, default=7)
     made.add_argument("--steps", type=int, default=30, help="decode steps that are timed")
     made.add_argument("--worker", action="store_true", help="this is the process inside the environment")
@@ -84,16 +83,16 @@ def work() -> None:
 
 def measure(model: Any, arguments: Any, kvpress: Any, tokens: int, budget: float) -> list[dict[str, Any]]:
     from decode import prefilled, step
-    from geometry import keep_profile, prompt
-    from measure import peak_bytes, ratio, show, take_turns
+    from geometry import prompt
+    from measure import peak_bytes, ratio, show
+    from prefill import variants
     from transformers import DynamicCache
 
-    from prefixkv_cache import PrefixKVCache
+    from prefixkv_cache.tools.bench import take_turns
 
     ids = prompt(model, tokens)
     token = ids[:, :1].contiguous()
-    config, dropped = model.config, 1 - budget
-    profile = keep_profile(arguments.geometry, config.num_hidden_layers, budget)
+    dropped = 1 - budget
 
     def pressed(press: Any, attention: str = "sdpa") -> Any:
         model.set_attn_implementation(attention)
@@ -103,14 +102,10 @@ def measure(model: Any, arguments: Any, kvpress: Any, tokens: int, budget: float
         model.set_attn_implementation("sdpa")
         return cache
 
-    made = {
-        "full": lambda: pressed(None),
-        "ours": lambda: prefilled(model, ids, PrefixKVCache.paper(profile, budget, config=config, queries=32)),
-        "ours, default": lambda: prefilled(model, ids, PrefixKVCache(profile, budget, config=config)),
-        "ours, all queries": lambda: prefilled(model, ids, PrefixKVCache.paper(profile, budget, config=config)),
-        "kvpress SnapKV": lambda: pressed(kvpress.SnapKVPress(compression_ratio=dropped, window_size=32)),
-        "kvpress Knorm": lambda: pressed(kvpress.KnormPress(compression_ratio=dropped)),
-    }
+    ours = variants(model, ["window", "all", "default", "by head"], budget)
+    made = {name: lambda new=new: prefilled(model, ids, new()) for name, new in ours.items()}
+    made["kvpress SnapKV"] = lambda: pressed(kvpress.SnapKVPress(compression_ratio=dropped, window_size=32))
+    made["kvpress Knorm"] = lambda: pressed(kvpress.KnormPress(compression_ratio=dropped))
     if tokens <= 2048:  # eager weights of a longer prompt do not fit beside the rest
         made["kvpress ObservedAttention"] = lambda: pressed(
             kvpress.ObservedAttentionPress(compression_ratio=dropped), "eager"
@@ -143,6 +138,8 @@ def measure(model: Any, arguments: Any, kvpress: Any, tokens: int, budget: float
 
 def kv_bytes(cache: Any) -> int:
     """Bytes of the memory that the key and value tensors stand in."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     return sum(tensor.untyped_storage().nbytes() for pair in pairs for tensor in pair)
 

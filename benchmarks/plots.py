@@ -1,4 +1,4 @@
-"""Draw the newest stored results into docs/images/: one picture for decoding, prompt phase, memory and peers each.
+"""Draw the newest stored results into docs/images/: decoding, prompt phase, memory, peers, soak.
 
 python benchmarks/plots.py [--results benchmarks/results] [--out docs/images]
 """
@@ -24,17 +24,17 @@ def newest(folder: Path, benchmark: str) -> dict[str, Any] | None:
     if not found:
         return None
     same = [each for each in found if describe(each)[:-10] == describe(found[-1])[:-10]]
-    keys = ("tokens", "budget", "variant", "against", "phase", "max_new_tokens", "batch")
-    rows = {tuple(row.get(key) for key in keys): row for each in same for row in each["rows"]}
+    keys = ("tokens", "budget", "variant", "against", "phase", "max_new_tokens", "batch", "segments", "seconds")
+    rows = {tuple(row.get(key) for key in keys): row for each in same for row in each.get("rows", [])}
     return {**found[-1], "rows": list(rows.values())}
 
 
 def describe(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    layers = "" if result["layers"] is None else f", {result['layers']} of its layers"
+    layers = f", {result['layers']} of its layers" if result.get("layers") else ""
     time = ", processor time" if by_processor_time(result) else ""
     threads = f"{machine['threads']} thread(s){time}"
-    return f"{result['geometry']}{layers}, {result['dtype']}, {threads}, {result['created'][:10]}"
+    return f"{result.get('geometry')}{layers}, {result.get('dtype')}, {threads}, {result['created'][:10]}"
 
 
 def bars(axes: Any, groups: list[str], series: dict[str, list[float | None]], spread: dict[str, list[Any]]) -> None:
@@ -90,6 +90,27 @@ def draw(title: str, result: dict[str, Any], panels: list[tuple[str, Any, Any]],
     print(path)
 
 
+def memory_name(row: dict[str, Any]) -> str:
+    segments = f", {row['segments']} segments" if row.get("segments") else ""
+    return f"{row['budget']:g}{segments}{', planned' if row['max_new_tokens'] else ''}"
+
+
+def draw_soak(result: dict[str, Any], path: Path) -> None:
+    rows = result["rows"]
+    minutes = [row["seconds"] / 60 for row in rows]
+    figure, axes = plt.subplots(2, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
+    rise = f"{result['rss_rise_mib_per_hour']:+.1f} MiB an hour after the warm-up"
+    for at, column, label in ((0, "rss_bytes", rise), (1, "largest_cache_bytes", "largest cache"),
+                              (1, "tensor_bytes", "live tensors between cycles")):  # fmt: skip
+        axes[at].plot(minutes, [row[column] / 2**20 for row in rows], lw=0.8, label=label)
+        axes[at].legend(loc="lower right" if at == 0 else "upper right")
+    axes[0].set(ylabel="resident memory, MiB", ylim=(0, None))
+    axes[1].set(xlabel="minutes of processor time", ylabel="tensors, MiB")
+    figure.suptitle(f"{rows[-1]['cycles']:,} cycles, {rows[-1]['tokens']:,} tokens")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--results", type=Path, default=HERE / "results")
@@ -97,26 +118,26 @@ def main() -> None:
     arguments = made.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if result := newest(arguments.results, "decode"):
-        budget = lambda row: f"budget {row['budget']:g}"  # noqa: E731
+        of = lambda row: f"{row['variant'].replace('ours', 'budget')}"  # noqa: E731
         panels = [
-            ("time of a step / DynamicCache", lambda row: row["against"] == "full", budget),
-            ("time of a step / the ideal cache", lambda row: row["against"] != "full", budget),
+            ("time of a step / DynamicCache", lambda row: row["against"] == "full", of),
+            ("time of a step / the ideal cache", lambda row: row["against"].startswith("ideal"), of),
         ]
         draw("Decoding", result, panels, arguments.out / "bench-decode.png")
     if result := newest(arguments.results, "prefill"):
-        names = {"window": "32 queries", "all": "all queries", "search": "search on the prompt", "default": "default"}
-        whole = lambda row: row["batch"] == 1 and row["variant"] in names  # noqa: E731
-        panels = [("time of the prompt phase / DynamicCache", whole, lambda row: names[row["variant"]])]
+        whole = lambda row: row["batch"] == 1 and row["against"] == "full"  # noqa: E731
+        panels = [("time of the prompt phase / DynamicCache", whole, lambda row: row["variant"])]
         draw("Prompt phase", result, panels, arguments.out / "bench-prefill.png")
     if result := newest(arguments.results, "memory"):
-        planned = lambda row: f"{row['budget']:g}{', planned' if row['max_new_tokens'] else ''}"  # noqa: E731
-        panels = [("peak of KV bytes / (budget x full + a layer)", lambda row: "ratio" in row, planned)]
+        panels = [("peak of KV bytes / (budget x full + a layer)", lambda row: "ratio" in row, memory_name)]
         draw("KV memory", result, panels, arguments.out / "bench-memory.png")
     if result := newest(arguments.results, "peers"):
         phase = lambda wanted: lambda row: row["phase"] == wanted and row["budget"] == min(result["budgets"])  # noqa: E731
         name = lambda row: row["variant"]  # noqa: E731
         panels = [(f"{wanted} / full cache", phase(wanted), name) for wanted in ("prompt", "decode")]
         draw(f"Beside kvpress, budget {min(result['budgets']):g}", result, panels, arguments.out / "bench-peers.png")
+    if (result := newest(arguments.results, "soak")) and result["rows"]:
+        draw_soak(result, arguments.out / "soak.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python examples/chat.py                                            # asks for your questions
     python examples/chat.py --say "what is at the bottom right?" --say "what colour is it?"
 
-An empty line ends the conversation. What a turn has pruned is gone for the turns after it: see --budget.
+An empty line, or the end of the input, ends the conversation. What a turn has pruned is gone for the turns after it:
+see --budget.
 """
 
 import argparse
@@ -13,8 +14,9 @@ from pathlib import Path
 import torch
 
 from prefixkv_cache import PrefixKVCache
-from prefixkv_cache.demo import scenes
-from prefixkv_cache.loading import load_model, open_image
+from prefixkv_cache.tools.arguments import budget, positive
+from prefixkv_cache.tools.demo import scenes
+from prefixkv_cache.tools.loading import load_model, open_image
 
 SCENE_LLAVA = Path(__file__).resolve().parent.parent / "models" / "scene-llava"
 
@@ -23,9 +25,8 @@ class Chat:
     """One conversation: the messages so far, their tokens, and the cache that holds what is left of them."""
 
     def __init__(self, model, processor, image, budget):
-        self.model, self.processor, self.image = model, processor, image
-        self.cache = PrefixKVCache.for_model(model, budget)
-        self.messages, self.ids = [], None
+        self.model, self.processor, self.image, self.budget = model, processor, image, budget
+        self.messages, self.ids, self.cache = [], None, None
 
     def ask(self, question, max_new_tokens=128):
         """The model's answer; the cache has then seen all of the conversation but the answer's last token."""
@@ -44,6 +45,8 @@ class Chat:
             ids = torch.cat([self.ids, new["input_ids"].to(self.ids.device)], dim=1)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if first:
+            self.cache = PrefixKVCache.for_model(self.model, self.budget, inputs=inputs)
         self.ids = self.model.generate(
             **inputs, past_key_values=self.cache, max_new_tokens=max_new_tokens, do_sample=False
         )
@@ -52,24 +55,37 @@ class Chat:
         return answer
 
 
+def questions():
+    """What is typed, line by line."""
+    while True:
+        try:
+            question = input("you: ").strip()
+        except EOFError:
+            print()
+            return
+        if not question:
+            return
+        yield question
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(SCENE_LLAVA), help="folder or hub id")
     parser.add_argument("--image", help="a picture; default: a drawn scene")
-    parser.add_argument("--budget", type=float, default=0.5, help="fraction of each prompt's KV pairs kept")
+    parser.add_argument("--budget", type=budget, default=0.5, help="0.3 of each prompt's KV pairs, or 512 a head")
     parser.add_argument("--say", action="append", metavar="TEXT", help="a question, instead of asking for them")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
     arguments = parser.parse_args(argv)
 
     image = open_image(arguments.image) if arguments.image else scenes.draw_scene(scenes.TEST_SEEDS[17]).image
     chat = Chat(*load_model(arguments.model), image, arguments.budget)
-    for question in arguments.say or iter(lambda: input("you: ").strip(), ""):
+    for question in arguments.say or questions():
         if arguments.say:
             print(f"you: {question}")
         print(f"model: {chat.ask(question, arguments.max_new_tokens)}")
         stored = chat.cache.stored_lengths()
         mean = sum(stored) / len(stored)
-        print(f"    {chat.cache.get_seq_length()} tokens seen, {mean:.0f} pairs a layer", file=sys.stderr)
+        print(f"    {chat.cache.get_seq_length()} tokens seen, {mean:.0f} pairs a head", file=sys.stderr)
 
 
 if __name__ == "__main__":

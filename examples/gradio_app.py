@@ -10,15 +10,15 @@ import argparse
 from pathlib import Path
 
 from prefixkv_cache import PrefixKVCache
-from prefixkv_cache.demo import scenes
-from prefixkv_cache.loading import load_model
+from prefixkv_cache.tools.demo import scenes
+from prefixkv_cache.tools.loading import load_model, open_image
 
 SCENE_LLAVA = Path(__file__).resolve().parent.parent / "models" / "scene-llava"
 ONE_LINE = """
 **The whole change in the application:**
 
 ```python
-cache = PrefixKVCache.for_model(model, budget)
+cache = PrefixKVCache.for_model(model, budget, inputs=inputs)
 out = model.generate(**inputs, past_key_values=cache)
 ```
 """
@@ -32,14 +32,14 @@ def reply(model, processor, image, history, question, budget, max_new_tokens=128
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
 
-    cache = PrefixKVCache.for_model(model, budget)  # the one line that is new
+    cache = PrefixKVCache.for_model(model, budget, inputs=inputs)  # the one line that is new
     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
 
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     stored = cache.stored_lengths()
     seen = cache.get_seq_length()
     mean = sum(stored) / len(stored)
-    facts = f"{seen} tokens seen, {mean:.0f} pairs a layer kept ({mean / seen:.0%}): {min(stored)} to {max(stored)}"
+    facts = f"{seen} tokens seen, {mean:.0f} pairs a head kept ({mean / seen:.0%}): {min(stored)} to {max(stored)}"
     return answer, facts
 
 
@@ -83,7 +83,7 @@ def main(argv=None):
     parser.add_argument("--port", type=int, default=7860)
     arguments = parser.parse_args(argv)
 
-    image = arguments.image or scenes.draw_scene(scenes.TEST_SEEDS[17]).image
+    image = open_image(arguments.image) if arguments.image else scenes.draw_scene(scenes.TEST_SEEDS[17]).image
     build_app(*load_model(arguments.model), image).launch(server_port=arguments.port)
 
 

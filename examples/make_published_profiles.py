@@ -1,4 +1,4 @@
-"""Turn the figures published with PrefixKV (arXiv 2412.03409) into the two bundled LLaVA-1.5 profiles.
+"""Turn the figures published with PrefixKV (arXiv 2412.03409) into the two bundled LLaVA-1.5 profiles, by layer.
 
     python examples/make_published_profiles.py
 
@@ -13,7 +13,8 @@ import json
 from decimal import Decimal
 from pathlib import Path
 
-from prefixkv_cache.profile import PrefixProfile
+from prefixkv_cache import PrefixProfile
+from prefixkv_cache.methods import PREFIXKV
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples" / "data" / "prefixkv-published.json"
@@ -51,8 +52,7 @@ def main() -> None:
     for key, (name, model) in MODELS.items():
         metadata = {
             "model": model,
-            "method": "prefixkv",
-            "queries": "all",
+            "method": PREFIXKV.spell(full=True),  # what they were made for
             "source": f"{published['source']}; PrefixKV, arXiv 2412.03409; keep = 1 - forget",
             "samples": "unknown",
             "library_version": LIBRARY_VERSION,

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from prefixkv_cache.demo import boards, scenes
+from prefixkv_cache.profiles.files import write_atomically
+from prefixkv_cache.tools.arguments import positive
+from prefixkv_cache.tools.demo import boards, scenes
 
 TASKS: dict[str, tuple[Any, Any]] = {"scenes": (scenes, scenes.draw_scene), "boards": (boards, boards.draw_board)}
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the JSON")
     parser.add_argument("--task", choices=TASKS, default="scenes", help="what is drawn; the JSON is named so")
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=positive, default=200)
     parser.add_argument("--split", choices=splits(scenes), default="validation")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -51,9 +52,7 @@ def main() -> None:
         drawn, entry = record(arguments.task, seed, number, f"{seed}.png")
         drawn.image.save(arguments.out / entry["image"])
         records.append(entry)
-    temporary = arguments.out / f".{arguments.task}.json.tmp"
-    temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    os.replace(temporary, arguments.out / f"{arguments.task}.json")
+    write_atomically(arguments.out / f"{arguments.task}.json", json.dumps(records, indent=1))
     print(f"{arguments.count} {arguments.task} of the {arguments.split} split in {arguments.out}")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from prefixkv_cache import PrefixKVCache
-from prefixkv_cache.demo import scenes
+from prefixkv_cache.tools.demo import scenes
 
 SCENE_LLAVA = Path(__file__).resolve().parent.parent / "models" / "scene-llava"
 
@@ -37,12 +37,12 @@ def main(argv=None):
     inputs = processor(images=image, text=text, return_tensors="pt").to(device)
 
     for budget in (1.0, 0.5, 0.2):
-        cache = PrefixKVCache.for_model(model, budget)  # the one line that is new
+        cache = PrefixKVCache.for_model(model, budget, inputs=inputs)  # the one line that is new
         out = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens, do_sample=False)
 
         answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         print(f"budget {budget:g}: {answer}")
-        print(f"    {cache.get_seq_length()} tokens seen, pairs stored by layer: {cache.stored_lengths()}")
+        print(f"    {cache.get_seq_length()} tokens seen, pairs a head by layer: {cache.stored_lengths()}")
 
 
 if __name__ == "__main__":

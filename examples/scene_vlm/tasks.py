@@ -1,6 +1,7 @@
 """What the models learn to read: for each task its pictures, how hard they get when, and what an image token lies on.
 
-The pictures, their truths and the marking come from `prefixkv_cache.demo`; `Task.module` is the task's module there.
+The pictures, their truths and the marking come from `prefixkv_cache.tools.demo`; `Task.module` is the task's module
+there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from prefixkv_cache.demo import boards, scenes
-from prefixkv_cache.demo.boards import Board
-from prefixkv_cache.demo.scenes import Scene
+from prefixkv_cache.tools.demo import boards, scenes
+from prefixkv_cache.tools.demo.boards import Board
+from prefixkv_cache.tools.demo.scenes import Scene
 
 Picture = Scene | Board
 Level = Any  # what `Task.draw` takes beside the seed: how many objects, or which grid

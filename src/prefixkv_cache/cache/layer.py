@@ -1,0 +1,394 @@
+"""One pruned layer: it takes a prompt in whole, is pruned once, and then decodes in place.
+
+The cache is a list of these. A layer is a list of segments (segments.py) and what they have in common: the tokens
+*seen*, which is what transformers asks for, and the prompt on its way through. The layer is told which columns of a
+prompt to keep; it computes no importance and knows no profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .compat import MaxLengthNames, explain_crop, n_queries
+from .prompt import Prompt
+from .segments import Kept, Segment, SegmentRule, Shown
+from .storage import Pairs
+
+
+class PrunedLayer(MaxLengthNames, CacheLayerMixin):
+    """Keys and values of one decoder layer, pruned to lengths of its own.
+
+    Args:
+        rule: what all segments of the cache have in common.
+        place: among the prunable layers of the model, from 0.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, rule: SegmentRule, place: int):
+        self.rule, self.place = rule, place
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, and be as new."""
+        self.segments: list[Segment] = []
+        self.prompt: Prompt | None = None
+        self._seen = 0
+        self._planned_steps = 0  # steps asked for by the model since the plan was made
+        self._shown: list[Shown] = []
+        self.is_initialized = False
+
+    # What transformers reads.
+
+    @property
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether decode steps have fixed shapes and addresses."""
+        return self.rule.max_new_tokens is not None
+
+    @property
+    def planned(self) -> bool:
+        """Whether decode steps go by a plan made beforehand; see decode.py."""
+        return any(segment.plan is not None for segment in self.segments)
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, padding included."""
+        if self.planned and not torch.compiler.is_compiling():
+            plans = [segment.plan for segment in self.segments if segment.plan is not None]
+            steps = [plan.steps_taken() for plan in plans]
+            for segment in self.segments:
+                segment.catch_up(steps[0])
+            self._seen += steps[0]
+        return self._seen
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: where the next token's position starts.
+
+        While steps go by a plan, this is an int64 tensor [] on the device, as in transformers' static layers.
+        """
+        plan = self.segments[0].plan if self.segments else None
+        return self._seen if plan is None else plan.seen  # pyright: ignore[reportReturnType]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask, in logical columns; each segment takes its own columns at the hook."""
+        if not torch.compiler.is_compiling():
+            self._go_on_without_plan()
+        plan = self.segments[0].plan if self.segments else None
+        if plan is not None and n_queries(query_length) == 1:
+            return plan.last, 0
+        return self.seen + n_queries(query_length), 0
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[batch, heads, stored, head_dim], or None before the first prompt; of several segments a padded copy."""
+        return self._joined("keys")
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[batch, heads, stored, head_dim], or None before the first prompt; of several segments a padded copy."""
+        return self._joined("values")
+
+    def _joined(self, name: str) -> Tensor | None:
+        if not self.segments:
+            return None if self.prompt is None else getattr(self.prompt, name)
+        _ = self.seen  # takes note of planned steps
+        parts = [getattr(segment, name) for segment in self.segments]
+        return parts[0] if len(parts) == 1 else self._spread(parts, 0)
+
+    def _spread(self, parts: Sequence[Tensor], fill: int) -> Tensor:
+        """Tensors [batch, heads of a segment, width, ...] as one [batch, heads, longest, ...]."""
+        longest = max(part.shape[2] for part in parts)
+        joined = parts[0].new_full((parts[0].shape[0], self.n_heads, longest, *parts[0].shape[3:]), fill)
+        for segment, part in zip(self.segments, parts, strict=True):
+            heads = list(_heads_of(segment, self.n_heads))
+            joined[:, heads, : part.shape[2]] = part.expand(-1, len(heads), *part.shape[2:])
+        return joined
+
+    # What the cache asks.
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, 0 before the first prompt."""
+        if self.prompt is not None:
+            return self.prompt.keys.shape[0]
+        return self.segments[0].batch_size if self.segments else 0
+
+    @property
+    def n_heads(self) -> int:
+        """Key heads, 0 before the first prompt."""
+        if self.prompt is not None:
+            return self.prompt.keys.shape[1]
+        return sum(segment.keys.shape[1] for segment in self.segments)
+
+    @property
+    def stored_by_head(self) -> list[int]:
+        """Pairs that each key head holds, by its longest row; a prompt that is not pruned yet counts whole."""
+        _ = self.seen
+        waiting = 0 if self.prompt is None else self.prompt.n_new
+        stored = [0] * self.n_heads
+        for segment in self.segments:
+            for head in _heads_of(segment, self.n_heads):
+                stored[head] = segment.width
+        return [each + waiting for each in stored]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key and value tensors that are allocated, spare room included."""
+        tensors = [tensor for s in self.segments if s.pairs for tensor in (s.pairs.keys, s.pairs.values)]
+        if self.prompt is not None:
+            shown = [each for s in self.prompt.shown for each in (s.keys, s.values) if each is not None]
+            tensors += shown or [self.prompt.keys, self.prompt.values]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def pruned_before(self) -> bool:
+        """Whether a first prompt has been pruned, so that a later one goes by the ratios of its rows."""
+        return bool(self.segments)
+
+    def slot_positions(self) -> Tensor:
+        """The logical position of the pair in each slot, -1 where a slot holds nothing.
+
+        Returns:
+            int64 [batch, 1, stored]; [batch, heads, longest] where heads keep keys of their own.
+        """
+        _ = self.seen
+        parts = [segment.positions for segment in self.segments]
+        stored = parts[0] if len(parts) == 1 else self._spread(parts, -1) if parts else None
+        if self.prompt is None:
+            return torch.empty(0, 1, 0, dtype=torch.int64) if stored is None else stored
+        new = self._new_positions(self.prompt)
+        return new if stored is None else torch.cat([stored, new.expand(-1, stored.shape[1], -1)], dim=2)
+
+    def _new_positions(self, prompt: Prompt) -> Tensor:
+        new = torch.arange(self._seen - prompt.n_new, self._seen, device=prompt.keys.device)
+        return new.expand(prompt.keys.shape[0], 1, -1)
+
+    # The way of the data: a prompt comes in whole, is pruned, then tokens come one by one.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take note of dtype and device; buffers are made when the first prompt has been pruned."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new pairs; return keys and values as the model goes on with them.
+
+        What the backend shall see is then to be had from `take_shown`. Over several segments the tensors returned hold
+        no pairs: only their shape, dtype and device are true (nan, so that nobody who reads past the attention hook is
+        silently wrong).
+
+        Args:
+            key_states, value_states: [batch, heads, n_new, head_dim]. Stored without their autograd history.
+            args, kwargs: ignored, as transformers' own layers do.
+
+        Raises:
+            ValueError: the batch is not the one that is stored, or there are no tokens.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n_new = key_states.shape[2]
+        if n_new == 0:
+            raise ValueError("the prompt has no tokens; a cache layer needs at least one")
+        if self.segments:
+            self._check(key_states)
+        if self.segments and n_new == 1:
+            shown = self._decode(key_states.detach(), value_states.detach())
+        else:
+            shown = self._begin_prompt(key_states, value_states)
+        if len(shown) > 1:
+            self._shown = shown
+            longest = max(each.keys.shape[2] for each in shown if each.keys is not None)
+            return _stand_in(key_states, longest), _stand_in(value_states, longest)
+        # The tensor that carries `Shown` to the attention hook must not be held by it: it would outlive its use.
+        self._shown = [replace(shown[0], keys=None, values=None)]
+        keys, values = shown[0].keys, shown[0].values
+        return key_states if keys is None else keys, value_states if values is None else values
+
+    def take_shown(self) -> list[Shown]:
+        """What the backend shall see of the last `update`, by segment; asked for once."""
+        shown, self._shown = self._shown, []
+        return shown
+
+    def _check(self, key_states: Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        stored = self.segments[0].stored.keys.shape
+        if batch != stored[0]:
+            raise ValueError(
+                f"got a batch of {batch} for a cache that holds {stored[0]} rows; "
+                "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
+            )
+        if heads != self.n_heads or head_dim != stored[3]:
+            raise ValueError(
+                f"got keys of {heads} heads of {head_dim} for a cache that holds {self.n_heads} heads of {stored[3]}; "
+                "this is another model: call cache.reset() first"
+            )
+
+    def _begin_prompt(self, keys: Tensor, values: Tensor) -> list[Shown]:
+        n_new = keys.shape[2]
+        _ = self.seen
+        self._seen += n_new
+        prompt = self.prompt = Prompt(keys.detach(), values.detach(), [])
+        if not self.segments:
+            return [Shown(None)]
+        new = self._new_positions(prompt)
+        for segment in self.segments:
+            own_mask = segment.needs_own_mask or segment.ragged
+            shown = Shown(
+                segment.group,
+                torch.cat([segment.keys, segment.own(keys)], dim=2),
+                torch.cat([segment.values, segment.own(values)], dim=2),
+                own_mask,
+                segment.ragged,
+                # Taken now: a model that shares keys between layers shows them again after this layer was pruned.
+                torch.cat([segment.positions, new.expand(-1, segment.positions.shape[1], -1)], dim=2),
+            )
+            prompt.shown.append(shown)
+        if len(self.segments) == 1:  # one copy of the new pairs is enough
+            prompt.keys, prompt.values = (
+                each.narrow(2, each.shape[2] - n_new, n_new)
+                for each in (prompt.shown[0].keys, prompt.shown[0].values)
+                if each is not None
+            )
+        return prompt.shown
+
+    def _decode(self, keys: Tensor, values: Tensor) -> list[Shown]:
+        if self.planned and not torch.compiler.is_compiling():
+            self._go_on_without_plan()
+            self._planned_steps += 1
+        planned = self.planned
+        written = [segment.append(segment.own(keys), segment.own(values), self._seen) for segment in self.segments]
+        if not planned:
+            self._seen += 1
+        return [
+            Shown(segment.group, *pair, segment.needs_own_mask, segment.ragged, segment=segment)
+            for segment, pair in zip(self.segments, written, strict=True)
+        ]
+
+    def _go_on_without_plan(self) -> None:
+        """Where the plan's steps are used up, go on with growing memory."""
+        if self.planned and self._planned_steps >= (self.rule.max_new_tokens or 0):
+            _ = self.seen
+            for segment in self.segments:
+                segment.drop_plan()
+
+    def prune(self, kept: Sequence[Kept]) -> None:
+        """Keep these tokens of the prompt, and all pairs of earlier turns; make the buffers that decoding goes on in.
+
+        Args:
+            kept: by segment; those of the first prompt say which key heads are a segment.
+        """
+        prompt = self.prompt
+        if prompt is None:
+            raise RuntimeError("there is no prompt to prune: prune() follows the update() of a prompt")
+        if not self.segments:
+            self.segments = [Segment(each.heads, self.rule) for each in kept]
+            new = self._new_positions(prompt)
+            sources = [Pairs(s.own(prompt.keys), s.own(prompt.values), new) for s in self.segments]
+        else:
+            sources = [Pairs(s.keys, s.values, s.read_positions()) for s in prompt.shown]  # pyright: ignore[reportArgumentType]
+        for segment, each, source in zip(self.segments, kept, sources, strict=True):
+            source.received = self._received(segment, prompt)
+            segment.prune(source, prompt.n_new, each, prompt.valid, prompt.lengths, self._seen)
+        self.prompt, self._planned_steps = None, 0
+
+    def _received(self, segment: Segment, prompt: Prompt) -> Tensor | None:
+        """float32 [batch, 1 or heads, stored + n_new]: attention received by the old pairs, then by the prompt's."""
+        if not self.rule.counts_received:
+            return None
+        new = prompt.scores
+        if new is None:  # nothing is pruned, so nobody asked
+            new = torch.zeros(self.batch_size, 1, prompt.n_new, device=prompt.keys.device)
+        elif new.shape[1] > 1:
+            new = segment.own(new)
+        if segment.pairs is None or segment.pairs.received is None:
+            return new
+        old = segment.pairs.received[..., : segment.width]
+        heads = max(old.shape[1], new.shape[1])
+        return torch.cat([old.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=2)
+
+    # Operations on the batch. An unpruned prompt cannot be reordered: it lives only inside a forward, or, where lengths
+    # are found from all layers' scores, until the last layer has been seen.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of what was row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, int64 or a bool mask over the rows, in that order."""
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        seen = self.seen
+        for segment in self.segments:
+            segment.select_rows(indices, seen)
+        self._planned_steps = self._steps_planned_for(seen)
+
+    def _steps_planned_for(self, seen: int) -> int:
+        """Planned steps that count as taken: those of `max_new_tokens` that are not left."""
+        plan = self.segments[0].plan if self.segments else None
+        return 0 if plan is None else (self.rule.max_new_tokens or 0) - (plan.last - seen)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.
+
+        Raises:
+            ValueError: a positive number, more tokens than were seen, or heads would be left with different numbers.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, from {-self.seen} to 0; got {tokens_to_remove}"
+                f"{explain_crop()}"
+            )
+        if tokens_to_remove == 0 or not self.segments:
+            return
+        seen, end = self.seen, self.seen + tokens_to_remove
+        if end == 0:
+            self.reset()
+            return
+        for segment in self.segments:
+            held = segment.held_before(end)
+            if bool((held != held[:, :1]).any()):
+                raise ValueError(
+                    f"cannot take back {-tokens_to_remove} tokens: heads keep keys of their own here, and would be "
+                    "left with different numbers of them; call cache.reset(), or use heads='mean'"
+                )
+        for segment in self.segments:
+            segment.crop(end, -tokens_to_remove, seen)
+        self._seen = end
+        self._planned_steps = self._steps_planned_for(end)
+
+    # Offloading of whole layers, as `Cache.offload` and `Cache.prefetch` ask for it.
+
+    def offload(self) -> None:
+        """Move the buffers to the CPU."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the buffers back to the layer's device, if there are any yet."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        for segment in self.segments:
+            if segment.pairs is not None:
+                segment.pairs.move(device)
+
+
+def _heads_of(segment: Segment, n_heads: int) -> Sequence[int]:
+    return range(n_heads) if segment.group is None else segment.group.heads
+
+
+def _stand_in(like: Tensor, length: int) -> Tensor:
+    batch, heads, _, head_dim = like.shape
+    return like.new_full((1, 1, 1, 1), torch.nan).expand(batch, heads, length, head_dim)

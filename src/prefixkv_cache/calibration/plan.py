@@ -1,0 +1,240 @@
+"""Plan of a calibration, and the arithmetic from the tables of all samples to a profile. Sees no model.
+
+A row is what was found in one prompt: `{"n_tokens": 61, "tables": {name: nested lists of numbers}}`. Sums over rows are
+exact, so neither the order nor the grouping of the samples can change a profile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods import DEFAULT, Method
+from ..profiles.profile import MAX_MEAN_ERROR, PrefixProfile
+from ..rules.checks import check_budget, check_choice, check_integer
+from ..rules.importance import DEFAULT_MAX_BYTES
+from .propose import CRITERIA, UNITS, blends, loss_ratios
+
+DEFAULT_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Closer together where lengths change most; between two of them a profile interpolates."""
+MEASURED = "measured"
+WRITTEN = ("method", "n_layers", "n_heads", "by", "measured")
+"""Metadata that the calibrator writes by what it found."""
+
+_NOTHING = 1e-3  # a divergence far below it is no difference worth a choice, in nats a token
+# The spread takes about six bytes a value; larger tables would not fit beside the rest in a profile's header.
+_MAX_SPREAD_VALUES = 2**16
+
+Row = dict[str, Any]
+Costs = dict[str, list[tuple[float, float]]]
+"""By proposal: (divergence, agreement) at each budget."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What, beside model and samples, decides the lengths. Checked when it is made.
+
+    Attributes:
+        method: how the cache will rank its keys.
+        by: `"mass"`, `"reconstruction"` or `"loss"`, or `"measured"`: all of them, and the best is kept.
+        unit: `"layer"`: one length a layer, or `"head"`: one for each key head.
+        budgets: fractions kept, rising, each in (0, 1].
+        max_bytes: ceiling for the temporaries of the importance computation, per layer.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is described above.
+    """
+
+    method: Method = DEFAULT
+    by: str = "mass"
+    unit: str = "layer"
+    budgets: tuple[float, ...] = DEFAULT_BUDGETS
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+    def __post_init__(self) -> None:
+        check_choice("by", self.by, (*CRITERIA, MEASURED))
+        check_choice("unit", self.unit, UNITS)
+        object.__setattr__(self, "budgets", tuple(sorted({_check_fraction(budget) for budget in self.budgets})))
+        if not self.budgets:
+            raise ValueError("budgets is empty; give fractions of the KV pairs to keep, such as [0.1, 0.2, 0.5, 1.0]")
+        check_integer("max_bytes", self.max_bytes, 1)
+        if self.method.protect.merge and self.by in (MEASURED, "loss"):
+            raise ValueError(f"by={self.by!r} hides pruned pairs, and merge=True mixes them into others: take another")
+        if (self.by, self.unit) == ("mass", "head") and not self.heads_differ:
+            raise ValueError(
+                f"by='mass' searches lengths on scores, and method {self.method.spell()!r} has one score for all heads "
+                "of a layer: take unit='layer', a method with heads=each, or by='reconstruction'"
+            )
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether each head has scores of its own."""
+        return self.method.ranking.heads == "each"
+
+    @property
+    def sink(self) -> int:
+        """First tokens that are never pruned; each head keeps at least `sink + 1` pairs."""
+        return self.method.protect.sink
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a third of the samples is set aside to measure proposals."""
+        return self.by == MEASURED
+
+    @property
+    def proposals(self) -> tuple[str, ...]:
+        """Names of the tables that each sample is asked for: criterion and unit."""
+        if not self.is_measured:
+            return (f"{self.by}/{self.unit}",)
+        units = UNITS if self.unit == "head" else ("layer",)
+        names = [f"{by}/{unit}" for by in CRITERIA for unit in units]
+        left_out = {"mass/head"} if not self.heads_differ else set()
+        if self.method.ranking.score != "attention":  # other scores are no mass
+            left_out |= {"mass/layer", "mass/head"}
+        return tuple(name for name in names if name not in left_out)
+
+    def sets_aside(self, index: int) -> bool:
+        """Whether a sample is for measuring, and proposals are made without it."""
+        return self.is_measured and index % 3 == 1
+
+    def keep(self, name: str, rows: Sequence[Row]) -> Tensor:
+        """The keep ratios of one proposal: float64 [n_budgets, n_layers, n_heads], the mean over the samples."""
+        if name.startswith("loss"):
+            return loss_ratios(_mean([row["tables"][name] for row in rows]), self.budgets)
+        return _mean([row["tables"][name] for row in rows], [row["n_tokens"] for row in rows])
+
+    def candidates(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """All that is measured: keep ratios by name, uniform lengths first. A table that a row lacks is left out."""
+        names = [name for name in self.proposals if all(name in row["tables"] for row in rows)]
+        found = {"uniform": torch.tensor(self.budgets, dtype=torch.float64).view(-1, 1, 1)}
+        for name in names:
+            found.update(blends(name, self.keep(name, rows), self.budgets))
+        return found
+
+
+def _check_fraction(budget: Any) -> float:
+    fraction = check_budget(budget)
+    if isinstance(fraction, int):
+        raise ValueError(f"budget is {budget!r}; a profile's grid holds fractions in (0, 1], such as 0.5 or 1.0")
+    return fraction
+
+
+def _mean(tables: Sequence[Any], divisors: Sequence[int] | None = None) -> Tensor:
+    """float64, the exact mean of nested lists of one shape, each divided by its number."""
+    tensors = [torch.tensor(table, dtype=torch.float64) for table in tables]
+    if divisors is not None:
+        tensors = [tensor / number for tensor, number in zip(tensors, divisors, strict=True)]
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        raise ValueError("samples were measured on different layers; calibrate on one model")
+    columns = zip(*(tensor.flatten().tolist() for tensor in tensors), strict=True)
+    means = [math.fsum(column) / len(tensors) for column in columns]
+    return torch.tensor(means, dtype=torch.float64).view(tensors[0].shape)
+
+
+def mean_costs(rows: Sequence[Row]) -> Costs:
+    """What each candidate cost on the samples set aside: the mean over the rows."""
+    names = rows[0]["tables"]
+    return {name: [tuple(pair) for pair in _mean([row["tables"][name] for row in rows]).tolist()] for name in names}
+
+
+def advantage(costs: Costs, name: str) -> float:
+    """Mean over the budgets of log(divergence / that of uniform lengths): negative where it is better."""
+    pairs = zip(costs[name], costs["uniform"], strict=True)
+    logs = [math.log((kl + _NOTHING) / (uniform + _NOTHING)) for (kl, _), (uniform, _) in pairs]
+    return math.fsum(logs) / len(logs)
+
+
+def best(costs: Costs) -> str:
+    """The proposal with the least divergence against uniform lengths; of equals the first."""
+    return min((name for name in costs if name != "uniform"), key=lambda name: advantage(costs, name))
+
+
+def measured_field(costs: Costs, name: str, budgets: Sequence[float], n_samples: int) -> str:
+    """The metadata `measured` of a profile: JSON, by budget, with uniform lengths beside."""
+    fields = ("kl", "agreement", "uniform_kl", "uniform_agreement")
+    rows = [(*own, *uniform) for own, uniform in zip(costs[name], costs["uniform"], strict=True)]
+    by_budget = {
+        f"{budget:g}": dict(zip(fields, (float(f"{value:.4g}") for value in row), strict=True))
+        for budget, row in zip(budgets, rows, strict=True)
+    }
+    found = {"samples": n_samples, "beats_uniform": advantage(costs, name) < 0, "budgets": by_budget}
+    return json.dumps(found, separators=(",", ":"))
+
+
+def make_profile(
+    plan: Plan, rows: Sequence[Row], metadata: Mapping[str, str], measured: Sequence[Row] = ()
+) -> PrefixProfile:
+    """The profile of a calibration.
+
+    Args:
+        plan: of the calibration.
+        rows: what was found in the samples that proposals are made of.
+        metadata: more to write into it.
+        measured: what the candidates cost on the samples set aside, where the plan is to measure.
+
+    Raises:
+        ValueError: a budget is too small for prompts this short.
+    """
+    more: dict[str, str] = {}
+    if plan.is_measured:
+        costs = mean_costs(measured)
+        name = best(costs)
+        keep = plan.candidates(rows)[name]
+        more["measured"] = measured_field(costs, name, plan.budgets, len(measured))
+    else:
+        name = plan.proposals[0]
+        keep = plan.keep(name, rows)
+        more.update(_spread(plan, name, rows))
+    _check_means(plan, keep, rows)
+    lengths = [row["n_tokens"] for row in rows]
+    described = {
+        "method": plan.method.spell(full=True),
+        "by": name,
+        "samples": str(len(rows) + len(measured)),
+        "tokens_min": str(min(lengths)),
+        "tokens_mean": f"{math.fsum(lengths) / len(lengths):.1f}",
+        "tokens_max": str(max(lengths)),
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    return PrefixProfile(list(plan.budgets), keep, {**described, **more, **metadata})
+
+
+def _spread(plan: Plan, name: str, rows: Sequence[Row]) -> dict[str, str]:
+    """Standard deviation over the samples of each layer's keep ratio, JSON [n_budgets][n_layers], if there are two."""
+    if len(rows) < 2 or name.startswith("loss"):
+        return {}
+    ratios = [torch.tensor(row["tables"][name], dtype=torch.float64).mean(2) / row["n_tokens"] for row in rows]
+    if ratios[0].numel() > _MAX_SPREAD_VALUES:
+        return {}
+    means = _mean([each.tolist() for each in ratios])
+    squares = _mean([((each - means) ** 2).tolist() for each in ratios]) * len(rows) / (len(rows) - 1)
+    values = [[round(math.sqrt(value), 4) for value in row] for row in squares.tolist()]
+    return {"spread": json.dumps(values, separators=(",", ":"))}
+
+
+def _check_means(plan: Plan, keep: Tensor, rows: Sequence[Row]) -> None:
+    lengths = [row["n_tokens"] for row in rows]
+    for budget, mean in zip(plan.budgets, keep.mean((1, 2)).tolist(), strict=True):
+        if abs(mean - budget) > MAX_MEAN_ERROR:
+            least = math.fsum(min(plan.sink + 1, n) / n for n in lengths) / len(lengths)
+            raise ValueError(
+                f"budget {budget:g} cannot be calibrated on prompts of {min(lengths)} to {max(lengths)} tokens: it "
+                f"comes out as {mean:.4g}, since lengths are whole numbers and each layer keeps at least "
+                f"{plan.sink + 1} tokens, here {least:.4g} of them. Leave this budget out, or take longer prompts"
+            )
+
+
+def table(costs: Costs, budgets: Sequence[float]) -> Iterable[str]:
+    """Lines of the measured divergences, the best proposal first."""
+    shown = [place for place, budget in enumerate(budgets) if budget < 1]
+    width = max(map(len, costs))
+    yield f"{'KL to the full cache at':{width}}  " + "".join(f"{budgets[place]:>8g}" for place in shown)
+    for name in sorted(costs, key=lambda name: advantage(costs, name)):
+        yield f"{name:{width}}  " + "".join(f"{costs[name][place][0]:8.3f}" for place in shown)

@@ -1,0 +1,179 @@
+"""A path or hub id in, model and processor out; prompts and pictures in, what `model(**inputs)` takes out.
+
+The one way in which every command loads a model: transformers' Auto classes and the processor's chat template. Knows
+nothing of caches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadError(ValueError):
+    """A model, processor or picture that cannot be loaded; the message names it and says why."""
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a model of the image-text-to-text kind, ready to generate, and its processor.
+
+    Args:
+        name: folder, or id on the hub.
+        dtype: `"auto"` (as saved; float32 on a CPU that would have to emulate half precision), or a key of `DTYPES`.
+        device: where to put the whole model; None: a GPU if there is one.
+        device_map: instead of `device`: transformers' own spreading (needs accelerate), such as `"auto"`.
+        attn_implementation: transformers' name of the attention backend; None: the model's default.
+
+    Returns:
+        (model in eval mode, processor)
+
+    Raises:
+        LoadError: there is no such model, it is not of this kind, or some of its weights are not there.
+    """
+    import transformers
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar for each file, between the lines of our own report
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if dtype == "auto" and device_map is None and device == "cpu":
+        # Half-precision arithmetic is slow or missing on most CPUs; the weights are the same numbers.
+        options["dtype"] = torch.float32
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+        model, found = loaded
+        if device_map is None:
+            model.to(device)
+    except LoadError:
+        raise
+    except Exception as error:  # files of others, read by code of others: anything may come
+        raise LoadError(f"cannot load {name!r} as an image-text-to-text model: {_first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise LoadError(
+            f"{name!r} lacks {len(missing)} weights of its model, such as {missing[0]!r}: this release of transformers "
+            f"({transformers.__version__}) does not know the layout in which it was saved"
+        )
+    return model.eval(), processor
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture whole, as RGB.
+
+    Raises:
+        LoadError: there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise LoadError(f"there is no image {os.fspath(path)!r}") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LoadError(f"cannot read {os.fspath(path)!r} as an image: {_first_line(error)}") from None
+
+
+def chat_text(processor: Any, prompt: str, n_images: int = 1) -> str:
+    """The prompt as the model was trained to see it: by the processor's chat template, images before the text.
+
+    A processor without a template gets its image tokens and the prompt, a line each.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        try:
+            return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's makers
+            raise LoadError(f"the model's chat template failed: {_first_line(error)}") from error
+    return "".join(f"{getattr(processor, 'image_token', '<image>')}\n" for _ in range(n_images)) + prompt
+
+
+def answer_ids(processor: Any, prompt: str, answer: str, n_images: int = 1) -> list[int]:
+    """The tokens with which the model would say this answer to this prompt, without an end-of-text token.
+
+    Between prompt and answer stands what the chat template puts there; a space, where the template does not tell and
+    the prompt does not end in one.
+
+    Args:
+        processor: of the model.
+        prompt: what the user says.
+        answer: not empty.
+        n_images: pictures before the prompt.
+
+    Raises:
+        LoadError: the answer has no tokens.
+    """
+    asked, answer = chat_text(processor, prompt, n_images), answer.strip()
+    said = asked + _separator(processor, prompt, answer, n_images, asked) + answer
+    tokenizer = getattr(processor, "tokenizer", processor)
+    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, said))
+    if whole[: len(before)] == before:
+        ids = list(whole[len(before) :])
+    else:  # the first token of the answer would reach back into the prompt
+        ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise LoadError(f"the answer {answer!r} to {prompt!r} has no tokens")
+    return ids
+
+
+def _separator(processor: Any, prompt: str, answer: str, n_images: int, asked: str) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        try:
+            whole = processor.apply_chat_template([{"role": "user", "content": content}, reply])
+        except Exception:  # a template may refuse to write for the assistant
+            whole = ""
+        if whole.startswith(asked) and answer in whole:
+            between = whole[len(asked) : whole.index(answer, len(asked))]
+            if not between.strip():
+                return between
+    return "" if asked[-1:].isspace() else " "
+
+
+def prepare(processor: Any, requests: Sequence[tuple[str, Sequence[Image.Image]]], device: Any = None) -> Any:
+    """What `model(**inputs)` and `model.generate(**inputs)` take, one row a request, padded on the left.
+
+    Args:
+        processor: of the model.
+        requests: (prompt, pictures) for each row.
+        device: where the tensors shall be.
+    """
+    texts = [chat_text(processor, prompt, len(pictures)) for prompt, pictures in requests]
+    pictures = [list(of_row) for _, of_row in requests]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if len(requests) > 1:
+        tokenizer.padding_side = "left"
+    options: dict[str, Any] = {"padding": True} if len(requests) > 1 else {}
+    inputs = processor(text=texts, images=pictures if any(pictures) else None, return_tensors="pt", **options)
+    return inputs.to(device) if device is not None else inputs
+
+
+def image_positions(inputs: Any, config: Any) -> list[list[int]]:
+    """The columns of `input_ids` that hold image tokens, for each row; empty lists where the config names none."""
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        token = getattr(config, "image_token_index", None)
+    return [[] if token is None else (row == token).nonzero().flatten().tolist() for row in inputs["input_ids"]]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

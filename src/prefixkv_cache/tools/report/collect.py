@@ -1,0 +1,238 @@
+"""Run a model over one prompt, with the full cache and with pruned ones, and write down what there is to see.
+
+Knows models and caches, and nothing of pages: the result is a `Report`, plain data. One forward is observed for the
+attention; then every cache answers once and is looked at between its prompt and its first new token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+
+from ...cache.architecture import PRUNABLE, cache_layers
+from ...cache.cache import PrefixKVCache
+from ...calibration.calibrate import describe_model
+from ...calibration.observe import observe
+from ...methods import Method, Ranking
+from ...rules.checks import check_budget
+from ..answer import Answer, answer, kept_columns
+from ..loading import image_positions, prepare
+from .grid import ImageTokens, place_images
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the prompt.
+
+    Attributes:
+        name: shown above it.
+        image: as the views lie over it: what the model saw of it.
+        tokens: its tokens and their views; None where the prompt's image tokens cannot be told apart.
+    """
+
+    name: str
+    image: Image.Image
+    tokens: ImageTokens | None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What one budget kept, at the prompt's end, and what the model then said.
+
+    Attributes:
+        budget: fraction of the prompt's pairs kept, or pairs a head.
+        ratio: the same as a fraction of this prompt.
+        kept: for each prunable layer and key head, the columns of the prompt that it kept, rising; one list in a layer
+            whose heads keep the same.
+        mass: for each prunable layer, the share of the attention that the kept ones received, mean over its heads.
+        answer: what was generated.
+        agrees: how many characters the answer has in common with the full cache's, from its beginning.
+    """
+
+    budget: float | int
+    ratio: float
+    kept: list[list[list[int]]]
+    mass: list[float]
+    answer: Answer
+    agrees: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        model: name of the model, without the path to it.
+        prompt: as the user gave it.
+        method: of the caches.
+        source: the name of the profile that the lengths came from; None without one.
+        tokens: of the whole prompt as the model read it, as text, image tokens included.
+        image_columns: where in it image tokens stand; none where the model's config names no such token.
+        pictures: in the order of the prompt.
+        layers: index of each prunable layer among the decoder's cache layers.
+        n_whole: how many other layers there are, which are left whole.
+        full: what the model says with the full cache.
+        pruned: for each budget, falling.
+    """
+
+    model: str
+    prompt: str
+    method: Method
+    source: str | None
+    tokens: list[str]
+    image_columns: list[int]
+    pictures: list[Picture]
+    layers: list[int]
+    n_whole: int
+    full: Answer
+    pruned: list[Pruned]
+
+
+def collect_report(
+    model: Any,
+    processor: Any,
+    prompt: str,
+    pictures: Sequence[tuple[str, Image.Image]],
+    budgets: Sequence[float | int],
+    *,
+    max_new_tokens: int = 128,
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> Report:
+    """Ask once with the full cache and once with each budget.
+
+    Args:
+        model: as `loading.load_model` returns it, with its `processor`.
+        processor: of the model.
+        prompt: the question.
+        pictures: (name, picture), in order.
+        budgets: fractions kept, in (0, 1], or numbers of pairs a head.
+        max_new_tokens: of each answer.
+        say: told what is being done.
+        options: further arguments of `PrefixKVCache.for_model`, such as `profile` and `method`.
+
+    Raises:
+        TypeError, ValueError: no budgets, or one that is none; a model whose cache cannot be pruned.
+        RuntimeError: the model's attention cannot be observed.
+    """
+    inputs = prepare(processor, [(prompt, [picture for _, picture in pictures])], model.device)
+    ids = inputs["input_ids"][0].tolist()
+    ratios = {check_budget(budget): _ratio(budget, len(ids)) for budget in budgets}
+    if not ratios:
+        raise ValueError("there are no budgets to report on; give at least one")
+
+    say("observing the prompt's attention")
+    cache = PrefixKVCache.for_model(model, **options)
+    method, source = cache.method, cache.profile and cache.profile.metadata["model"]
+    attention = _attention(model, inputs, method)
+
+    say("answering with the full cache")
+    full = answer(model, processor, inputs, DynamicCache(config=model.config), max_new_tokens)
+    kinds = [kind for kind, _ in cache_layers(model.config)]
+    layers = [index for index, kind in enumerate(kinds) if kind == PRUNABLE]
+    pruned = []
+    for budget in sorted(ratios, key=lambda each: ratios[each], reverse=True):
+        say(f"answering with budget {budget:g}")
+        cache = PrefixKVCache.for_model(model, budget, inputs=inputs, **options)
+        look = partial(_kept, cache, layers)
+        said = answer(model, processor, inputs, cache, max_new_tokens, look=look)
+        mass = [_mass(of_layer, kept) for of_layer, kept in zip(attention, said.looked, strict=True)]
+        agrees = _common_start(said.text, full.text)
+        pruned.append(Pruned(budget, ratios[budget], said.looked, mass, said, agrees))
+
+    image_columns = image_positions(inputs, model.config)[0]
+    return Report(
+        model=describe_model(model)["model"],
+        prompt=prompt,
+        method=method,
+        source=source,
+        tokens=_texts(processor, ids),
+        image_columns=image_columns,
+        pictures=_pictures(pictures, ids, image_columns, inputs, model.config, processor),
+        layers=layers,
+        n_whole=len(kinds) - len(layers),
+        full=full,
+        pruned=pruned,
+    )
+
+
+def _ratio(budget: float | int, n_tokens: int) -> float:
+    return min(budget / n_tokens, 1.0) if isinstance(budget, int) else budget
+
+
+def _attention(model: Any, inputs: Any, method: Method) -> Tensor:
+    """Share of each head's attention that each key receives from the method's observation window.
+
+    Returns:
+        float32 [n_prunable_layers, kv_heads, n_tokens].
+    """
+    window = Method(Ranking(queries=method.ranking.queries, heads="each"))
+    found, n_tokens = observe(model, inputs, method=window)[0], inputs["input_ids"].shape[1]
+    if found.shape[-1] != n_tokens:
+        raise ValueError(
+            f"the model makes {found.shape[-1]} keys of a prompt of {n_tokens} tokens, so none can be pointed at"
+        )
+    return found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _kept(cache: PrefixKVCache, layers: Sequence[int]) -> list[list[list[int]]]:
+    return [kept_columns(cache, layer) for layer in layers]
+
+
+def _mass(attention: Tensor, kept: list[list[int]]) -> float:
+    """Mean over the key heads of the attention, [1 or kv_heads, n_tokens], that went to what each keeps."""
+    n_heads = max(len(attention), len(kept))
+    heads = kept if len(kept) > 1 else kept * n_heads
+    shares = (row[columns].sum() for row, columns in zip(attention.expand(n_heads, -1), heads, strict=True))
+    return float(sum(shares)) / n_heads
+
+
+def _common_start(text: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+
+
+def _texts(processor: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as text, with the space that it begins with where the tokenizer marks one."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    marked = [str(token or "") for token in tokenizer.convert_ids_to_tokens(ids)]
+    texts = tokenizer.batch_decode([[token] for token in ids])
+    return [f" {text.lstrip()}" if mark[:1] in ("▁", "Ġ") else text for mark, text in zip(marked, texts, strict=True)]
+
+
+def _pictures(
+    pictures: Sequence[tuple[str, Image.Image]],
+    ids: Sequence[int],
+    columns: Sequence[int],
+    inputs: Any,
+    config: Any,
+    processor: Any,
+) -> list[Picture]:
+    sizes = [(picture.height, picture.width) for _, picture in pictures]
+    placed = place_images(ids, columns, sizes, inputs, config, processor) or [None] * len(pictures)
+    return [
+        Picture(name, _seen(picture, number, inputs, processor), tokens)
+        for number, ((name, picture), tokens) in enumerate(zip(pictures, placed, strict=True))
+    ]
+
+
+def _seen(picture: Image.Image, number: int, inputs: Any, processor: Any) -> Image.Image:
+    """The picture itself where the processor only resizes it; where it crops or pads, what is left in the pixels."""
+    images: Any = getattr(processor, "image_processor", None)
+    pixels = inputs.get("pixel_values")
+    changed = getattr(images, "do_center_crop", False) or getattr(images, "do_pad", False)
+    if not changed or pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3 or number >= len(pixels):
+        return picture
+    values = pixels[number].float().cpu()
+    if getattr(images, "do_normalize", False):
+        mean, deviation = torch.tensor(images.image_mean), torch.tensor(images.image_std)
+        values = values * deviation[:, None, None] + mean[:, None, None]
+    values = (values * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
