@@ -75,7 +75,7 @@ def heading(lengths: list[int]) -> list[str]:
 
 def by_processor_time(result: dict[str, Any]) -> bool:
     """On one thread processor time says what wall time says on a quiet machine."""
-    return result["machine"]["threads"] == 1 and any("processor_ratio" in row for row in result["rows"])
+    return result["machine"]["threads"] == 1 and any("processor_ratio" in row for row in result.get("rows", []))
 
 
 def draw(title: str, result: dict[str, Any], panels: list[tuple[str, Any, Any]], path: Path) -> None:

@@ -36,8 +36,8 @@ of a layer have lengths of their own, and without `config=model.config`.
 - **refused**: one error, at construction or at the first forward, and no wrong answer.
 - **out of scope**: transformers' `generate` does not drive it. **not built**: no tiny model could be made here.
 
-Lengths by *head*: each key head can have a length of its own. By *layer*: the model keeps one key head for all (latent
-attention), so there is one length a layer.
+Lengths by *head*: each key head can have a length of its own. By *layer*: attention is latent, the cache holds nothing
+of single heads, and there is one length a layer.
 
 Remarks: what the prompt held; *needs `config`*: without `config=model.config` the cache raises an error that asks for
 it. Types measured on text alone take the same way through the decoder's attention and its cache with an image.

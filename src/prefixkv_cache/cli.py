@@ -16,6 +16,7 @@ try:
     import sys
     import warnings
     from collections.abc import Iterator, Sequence
+    from types import FrameType
     from typing import Any, NoReturn
 except KeyboardInterrupt:
     raise SystemExit(130) from None
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         if argv is None:
+            signal.signal(signal.SIGINT, _interrupt)
             sys.unraisablehook = _leave_if_interrupted
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -106,12 +108,28 @@ def _holds_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: an exception, which lets a tool say what it keeps; but the end at once while a module is imported.
+
+    An extension module that runs Python while it is imported may abort on an exception, or make another one of it.
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            _leave()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def _leave_if_interrupted(unraisable: Any) -> None:
     """End here on a Ctrl-C that came where nothing can be raised, as in a destructor."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        os.write(2, f"{_INTERRUPTED}\n".encode())
-        os._exit(INTERRUPTED)
+        _leave()
     sys.__unraisablehook__(unraisable)
+
+
+def _leave() -> NoReturn:
+    os.write(2, f"{_INTERRUPTED}\n".encode())
+    os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -294,7 +294,7 @@ def _png():
 
 def test_latent_attention_is_told_by_layer_and_length_and_nothing_else_is():
     """Models with MLA show another key tensor than the one handed out; nobody else may be taken for ours that way."""
-    from prefixkv_cache.cache.hook import hand_out
+    from prefixkv_cache.cache.hook import HandedOut, _recognise, hand_out
 
     class Cache:
         pass
@@ -304,7 +304,7 @@ def test_latent_attention_is_told_by_layer_and_length_and_nothing_else_is():
             self.layer_idx, self.config = layer_idx, type("Config", (), config)()
 
     cache, key = Cache(), torch.zeros(1, 1, 5, 4)
-    hand_out(key, cache, 3)
+    hand_out(key, cache, 3, ())
     expanded = torch.zeros(1, 8, 5, 16)
     assert _recognise(Module(3), expanded) is None
     assert _recognise(Module(2, kv_lora_rank=8), expanded) is None

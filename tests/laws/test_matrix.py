@@ -93,7 +93,8 @@ def test_law_1_nothing_pruned_nothing_changed(case):
 def test_law_2_it_does_what_its_method_says(case):
     """What is kept after every forward pass of two turns, head by head, and the logits of the masked full cache."""
     logits, watch, _ = follow(case)
-    assert difference(logits, masked(case, watch)) < CLOSE
+    if not case.as_method.protect.merge:  # merged pairs are other pairs
+        assert difference(logits, masked(case, watch)) < CLOSE
     in_a_row = [heads for layer in watch.kept[0].values() for heads in layer]
     if case.as_method.ranking.heads == "each" or case.profile == "head":
         assert any(head != heads[0] for heads in in_a_row for head in heads), "heads agree: the test shows nothing"

@@ -10,7 +10,7 @@ from transformers import CompileConfig
 import models
 from models import EIGHT_HEADS, PADDED
 from prefixkv_cache import PrefixKVCache
-from watch import CLOSE, Case, Watch, greedy, masked, pairs_of, run, talk
+from watch import CLOSE, Case, Watch, follow, greedy, pairs_of, run, talk
 
 CASES = [
     Case("prefixkv", "llava_mha", lengths=(61,), profile="layer", turns=(20,)),
@@ -46,7 +46,8 @@ def test_law_2_with_planned_memory(case):
     planned = Addresses(case.cache(max_new_tokens=case.turns[0] - 1), case.family)
     by_plan, _ = talk(case.model, case, planned.cache, planned)
     assert planned.kept == watch.kept and planned.lengths_by_head == watch.lengths_by_head
-    assert (by_plan - logits).abs().max() < CLOSE and (by_plan - masked(case, watch)).abs().max() < CLOSE
+    assert (by_plan - logits).abs().max() < CLOSE
+    follow(case)
     assert all(each == planned.addresses[0] for each in planned.addresses)
     assert planned.nbytes[-1] == planned.taken[-1]
     if len(case.lengths) == 1 and case.family != "gemma3":
@@ -108,7 +109,7 @@ def test_prompts_of_other_lengths_compile_once_more():
     """The second prompt's shapes differ from the first's and become symbols; that graph serves all later ones."""
     case, config = CASES[1], compiling("eager")
     model = models.build(case.family, case.attn, torch.float32)
-    for lengths in (PADDED, (50, 33, 20), (55, 30, 20), (44, 41, 40)):
+    for lengths in (PADDED, (50, 33, 20), (55, 30, 20)):
         inputs = models.batch(case.family, lengths)
         _, wanted = generated(model, inputs, case.cache())
         _, found = generated(model, inputs, case.cache(max_new_tokens=12), compile_config=config)

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-import compat
 import zoo
 from zoo_laws import measure
-
-pytestmark = compat.needs_eager
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 ROWS = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `")}

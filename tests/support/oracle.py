@@ -114,6 +114,7 @@ class Head:
     held: int = 0  # pairs after the last prompt
     origin: int | None = None  # pairs before the first answer, once a second turn has come
     received: dict = field(default_factory=dict)  # position -> attention so far
+    limit: float = math.inf  # of the fixed point: a crop into the prompt takes it with it
 
 
 class Rule:
@@ -167,16 +168,14 @@ class Rule:
         decode, kept = self.method.decode, head.kept
         if not self.evicts(head) or len(kept) - seen * head.ratio < 1 + decode.headroom:
             return
-        if decode.evict == "oldest":
-            if len(kept) - 1 > self._point(head):  # the newcomer is not the one to go
-                del kept[self._point(head)]
-        elif decode.evict == "least-important":
+        if decode.evict == "least-important":
             # The window is the text's last tokens: so many, or a share of what is kept.
             recent = self.method.protect.recent
             window = round(recent * (len(kept) - 1)) if recent < 1 else recent
-            leaving = [each for each in kept[self.method.protect.sink : -1] if each <= kept[-1] - window]
+            behind_sink = kept[self.method.protect.sink : -1]
+            leaving = [each for each in behind_sink if each <= kept[-1] - window] or behind_sink[:1]
             kept.remove(min(leaving, key=lambda position: head.received[position]))
-        else:
+        elif len(kept) - 1 > self._point(head):  # the newcomer is not the one to go
             del kept[self._point(head)]
 
     def evicts(self, head):
@@ -186,9 +185,9 @@ class Rule:
     def _point(self, head):
         """Index of the first pair that may leave."""
         if self.method.decode.evict == "oldest":
-            return min(self.method.protect.sink, head.held)
+            return min(self.method.protect.sink, head.held, head.limit)
         point = head.held - self.method.decode.distance
-        return point if point >= 1 else head.held // 2
+        return min(point if point >= 1 else head.held // 2, head.limit)
 
     def _begin_turn(self, tokens):
         """Of what came behind the first prompt, the oldest leave, as many as are held beyond the share."""
@@ -222,7 +221,7 @@ class Rule:
         if first:
             n_heads = {layer: cache.layers[layer].keys.shape[1] for layer in layers}
             self.heads = {layer: [[Head() for _ in range(n_heads[layer])] for _ in rows] for layer in layers}
-        elif self.steps and self.method.decode.evict != "least-important":
+        elif self.steps > 0 and self.method.decode.evict != "least-important":
             self._begin_turn([len(all_of) - len(of_row) for all_of, of_row in zip(valid, new, strict=True)])
         if not first:
             self._accumulate(new, weights, first_new)
@@ -301,7 +300,7 @@ class Rule:
         """The same ratios over the new tokens, and half of the headroom beyond that where an answer has come before."""
         shaped = self.keep is None and self.method.lengths.lengths in ("uniform", "pyramid")
         evict, headroom = self.method.decode.evict, self.method.decode.headroom
-        allowance = headroom // 2 if self.steps and evict != "least-important" else 0
+        allowance = headroom // 2 if self.steps > 0 and evict != "least-important" else 0
         counts = {}
         for place, (layer, rows) in enumerate(self.heads.items()):
             counts[layer] = []
@@ -330,7 +329,7 @@ class Rule:
             if protect.merge:
                 merge(pairs, row, at, rules.members(new, chosen, sink))
             head.kept = head.kept + chosen
-            head.held = len(head.kept)
+            head.held, head.limit = len(head.kept), math.inf
             head.received.update(zip(new, scores[at], strict=True))
 
 

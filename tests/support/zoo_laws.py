@@ -3,8 +3,8 @@
 `measure(model_type)` runs the model over two turns and sorts the type into *pruned*, *partly* (some layers are left
 whole), *refused* (one clear error) or, which must not happen, *wrong*. Three caches are held against the reference of
 zoo_reference.py: the default, PrefixKV with lengths searched on the prompt, and a made-up profile with lengths by key
-head (by layer where the model keeps one key head, as latent attention does). Where attention alone ranks the keys, what
-stayed is checked too, against the attention weights that the model's own eager code returns.
+head (by layer where attention is latent). Where attention alone ranks the keys, what stayed is checked too, against the
+attention weights that the model's own eager code returns.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from transformers import GenerationMixin
 
+import compat
 import zoo
 import zoo_inputs
 from double import float64
@@ -24,7 +25,7 @@ from prefixkv_cache.cache.layer import PrunedLayer
 from prefixkv_cache.methods import PREFIXKV
 from zoo_reference import STEPS, Case
 
-BACKENDS = ("eager", "sdpa")
+BACKENDS = ("eager", "sdpa") if compat.SEES_EAGER else ("sdpa",)
 LENGTHS = (37, 29)  # of the rows; the shorter is padded on the left
 BUDGET, QUERIES = 0.3, 6
 TOLERANCE = 1e-9
@@ -190,11 +191,11 @@ def both_laws(case, make_cache):
 
 
 def made_up_profile(case, prunable):
-    """Key heads of one layer at ratios from 0.1 to 0.5, in another order in each layer; one key head: by layer."""
+    """Key heads of one layer at ratios from 0.1 to 0.5, in another order in each layer; latent attention: by layer."""
     cache = case.full_cache()
     case.greedy(case.inputs, cache, 1)
-    heads = {cache.layers[at].keys.shape[1] for at in prunable}
-    n_heads = heads.pop() if len(heads) == 1 else 1
+    latent = getattr(case.model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+    n_heads = 1 if latent else max(cache.layers[at].keys.shape[1] for at in prunable)
     spread = torch.linspace(BUDGET - 0.2, BUDGET + 0.2, n_heads) if n_heads > 1 else torch.tensor([BUDGET])
     keep = torch.stack([spread.roll(place) for place in range(len(prunable))])
     method = EACH if n_heads > 1 else SEARCH
@@ -210,9 +211,9 @@ def cases(model, model_type, remarks):
             remarks.append(f"has no {backend}")
             continue
         for rows in (1, 2):
-            case = Case(model, model_type, zoo_inputs.inputs(model_type, LENGTHS[:rows], model))
             where = f"{backend}, batch of {rows}"
             try:
+                case = Case(model, model_type, zoo_inputs.inputs(model_type, LENGTHS[:rows], model))
                 case.greedy(case.inputs, None, 2)
             except Exception as error:  # the model's own limits
                 remarks.append(f"{where} does not run by itself: {one_line(error)}")

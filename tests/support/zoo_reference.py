@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
 from transformers.modeling_utils import AttentionInterface
 
+import compat
 import zoo
 import zoo_inputs
 from oracle import _Forced
@@ -37,12 +38,12 @@ class Masked:
         self.missed = set()  # layers whose attention call was not recognised
 
     def __enter__(self):
-        original, masked = AttentionInterface.get_interface, self
+        original, masked = getattr(AttentionInterface, compat.LOOK_UP), self
 
-        def get_interface(interface, attn_implementation, default):
-            return partial(masked.attend, original(interface, attn_implementation, default))
+        def get_interface(interface, *names):
+            return partial(masked.attend, original(interface, *names))
 
-        self.patch = patch.object(AttentionInterface, "get_interface", get_interface)
+        self.patch = patch.object(AttentionInterface, compat.LOOK_UP, get_interface)
         self.patch.start()
         self.hook = self.decoder.register_forward_pre_hook(self.before, with_kwargs=True)
         return self

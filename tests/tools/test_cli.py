@@ -59,11 +59,16 @@ def run(capsys):
     "arguments", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
 )
 def test_version_and_help_are_quick(arguments):
+    """In processor time, as wall time is whatever else the machine does."""
+
+    def spent():
+        return sum(os.times()[2:4])  # by children that have ended
+
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = spent()
         done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(spent() - started)
     assert done.returncode == 0 and not done.stderr
     assert "prefixkv" in done.stdout
     assert min(seconds) < 0.5
@@ -98,7 +103,7 @@ def test_ctrl_c_while_something_is_imported(module):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-@pytest.mark.parametrize("seconds", [0, 0.3, 1, 2, 4])
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 1, 2, 4])
 def test_ctrl_c_at_any_time_is_status_130_and_no_traceback(home, seconds):
     """Through imports and loading to the last token."""
     words = [*COMMON, "--model", home / "model", "--max-new-tokens", "400"]
@@ -277,14 +282,25 @@ def test_generate_says_what_it_took(home, run):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("command", "change", "words"),
     [
-        (["--prompt", "  "], "--prompt is empty"),
-        (["--image", "none.png"], "there is no image 'none.png'"),
-        (["--model", "no-model"], "cannot load 'no-model'"),
+        ("generate", ["--prompt", "  "], "--prompt is empty"),
+        ("generate", ["--image", "none.png"], "there is no image 'none.png'"),
+        ("generate", [], "cannot load 'no-model'"),
+        ("report", ["--out", "report.pdf"], "ends in .html"),
+        ("report", ["--out", "nowhere/report.html"], "no folder"),
+        ("report", ["--prompt", "  "], "--prompt is empty"),
+        ("report", ["--image", "none.png"], "none.png"),
+        ("demo", ["--out", "demo.jpg"], "must be a .png file"),
+        ("demo", ["--method", "nope"], "there is no method 'nope'"),
+        ("demo", [], "there is no model folder 'no-model'"),
     ],
     ids=str,
 )
-def test_generate_refuses_bad_input(home, run, change, words):
-    status, out, err = run("generate", "--model", home / "model", *COMMON, *change)
-    assert (status, out) == (2, "") and words in err.splitlines()[-1]
+def test_bad_input_is_one_line_before_the_model_is_loaded(run, tmp_path, monkeypatch, command, change, words):
+    monkeypatch.chdir(tmp_path)
+    prompt = [] if command == "demo" else COMMON
+    status, out, err = run(command, "--model", "no-model", *prompt, *change)
+    lines = [line for line in err.splitlines() if line != "loading no-model"]
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert words in lines[0] and (not change or "no-model" not in err)

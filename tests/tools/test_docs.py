@@ -28,8 +28,8 @@ import yaml
 from PIL import Image
 
 import tiny_vlm
-from prefixkv_cache.profiles.bundled import bundled_dir
 from prefixkv_cache.cli import make_parser
+from prefixkv_cache.profiles.bundled import bundled_dir
 from prefixkv_cache.tools.loading import load_model, prepare
 
 ROOT = Path(__file__).resolve().parents[2]

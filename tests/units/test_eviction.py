@@ -6,14 +6,14 @@ The layer's part is played here: slots hold tokens, a prompt and a crop put them
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixkv_cache.rules.eviction import FixedPointEviction
+from prefixkv_cache.rules.eviction import QueueEviction, fixed_point
 
 
 class Slow:
     """A row as a list of tokens in the order in which they came."""
 
-    def __init__(self, keep, distance, slack):
-        self.keep, self.distance, self.slack = keep, distance, slack
+    def __init__(self, keep, distance, headroom):
+        self.keep, self.distance, self.headroom = keep, distance, headroom
         self.held, self.seen, self.point, self.steps = [], 0, None, 0
         self.origin = None  # how many pairs stand before the first answer
 
@@ -24,8 +24,8 @@ class Slow:
         if self.origin is None:
             self.origin = self.point
         beyond = max(0, int(len(self.held) - self.seen * self.keep))
-        del self.held[self.origin : self.origin + min(self.slack, beyond)]
-        return self.slack // 2
+        del self.held[self.origin : self.origin + min(self.headroom, beyond)]
+        return self.headroom // 2
 
     def prompt(self, tokens, fed):
         self.held += tokens
@@ -39,7 +39,7 @@ class Slow:
         self.held.append(token)
         self.seen += 1
         self.steps += 1
-        if len(self.held) - self.seen * self.keep >= 1 + self.slack and self.point < len(self.held) - 1:
+        if len(self.held) - self.seen * self.keep >= 1 + self.headroom and self.point < len(self.held) - 1:
             del self.held[self.point]
 
     def crop(self, removed):
@@ -54,8 +54,10 @@ class Slow:
 class Row:
     """The same with the rule under test: slots, and what each holds."""
 
-    def __init__(self, keep, distance, slack):
-        self.make = lambda *state: FixedPointEviction(*state, distance=distance, slack=slack)
+    def __init__(self, keep, distance, headroom):
+        self.make = lambda stored, seen, keep, origin: QueueEviction(
+            stored, seen, keep, fixed_point(stored, distance), headroom, origin
+        )
         self.keep, self.slots, self.rule = keep, [], None
 
     def begin_turn(self):
@@ -88,8 +90,8 @@ TURNS = st.lists(
 
 @settings(max_examples=400, deadline=None)
 @given(TURNS, st.sampled_from([0.1, 0.25, 0.5, 0.8, 1.0]), st.integers(1, 6), st.sampled_from([0, 1, 3, 8, 20]))
-def test_turns(turns, keep, distance, slack):
-    slow, row, now = Slow(keep, distance, slack), Row(keep, distance, slack), 0
+def test_turns(turns, keep, distance, headroom):
+    slow, row, now = Slow(keep, distance, headroom), Row(keep, distance, headroom), 0
     for fed, steps, removed in turns:
         allowance = slow.begin_turn()
         assert row.begin_turn() == allowance
@@ -120,29 +122,29 @@ def turn(row, first, prompt, steps):
     return first + prompt + steps
 
 
-def test_each_turn_has_the_slack_to_itself():
-    """However many answers came before: a short question is kept whole, and an answer of the slack's length too."""
-    row, now = Row(keep=0.2, distance=1, slack=64), 0
+def test_each_turn_has_the_headroom_to_itself():
+    """However many answers came before: a short question is kept whole, and an answer of the headroom's length too."""
+    row, now = Row(keep=0.2, distance=1, headroom=64), 0
     now = turn(row, now, 100, 100)
-    assert row.rule.stored == 104  # 0.2 * 200, and the slack
+    assert row.rule.stored == 104  # 0.2 * 200, and the headroom
     for _ in range(5):
         question = range(now, now + 30)
         now = turn(row, now, 30, 45)
         assert set(question) <= set(row.slots) and set(range(now - 45, now)) <= set(row.slots)
         assert row.rule.stored - row.rule.seen * 0.2 < 1 + 64
-        now = turn(row, now, 300, 100)  # a long one by its share, and half of the slack
+        now = turn(row, now, 300, 100)  # a long one by its share, and half of the headroom
         assert row.rule.stored - row.rule.seen * 0.2 < 1 + 64
 
 
 def test_pieces_of_one_prompt_are_not_turns():
-    row, now = Row(keep=0.2, distance=1, slack=64), 0
+    row, now = Row(keep=0.2, distance=1, headroom=64), 0
     for _ in range(5):
         now = turn(row, now, 50, 0)
     assert len(row.slots) == 50
 
 
-def test_without_slack_nothing_leaves_between_turns():
-    row, now = Row(keep=0.3, distance=25, slack=0), 0
+def test_without_headroom_nothing_leaves_between_turns():
+    row, now = Row(keep=0.3, distance=25, headroom=0), 0
     for _ in range(3):
         now = turn(row, now, 120, 40)
         assert not row.rule.beyond and row.rule.allowance == 0

@@ -22,8 +22,9 @@ from ..profiles.profile import PrefixProfile, find_bundled
 from ..rules.checks import check_budget, check_integer
 from ..rules.importance import DEFAULT_MAX_BYTES
 from .architecture import PRUNABLE, cache_layers
+from .between import BetweenForwards
 from .call import AttentionCall
-from .compat import SEES_EAGER, crops_to_nothing, empty_after_reset
+from .compat import SEES_EAGER, empty_after_reset
 from .decode import eviction_policy
 from .guards import ModelFacts, check_image_mask, explain_unseen_layer, image_mask_of, refuse_eager
 from .hook import HandedOut, hand_out, hand_out_compiled, hold_hook
@@ -35,7 +36,7 @@ from .segments import SegmentRule
 from .whole import WholeLayers, nbytes_of, positions_of, stored_by_head
 
 
-class PrefixKVCache(WholeLayers, Cache):
+class PrefixKVCache(BetweenForwards, WholeLayers, Cache):
     """A KV cache that prunes each decoder layer, right after the prompt, to lengths of its own.
 
     A drop-in for `DynamicCache`: `model.generate(**inputs, past_key_values=PrefixKVCache.for_model(model, 0.5))`.
@@ -47,9 +48,7 @@ class PrefixKVCache(WholeLayers, Cache):
     needed for them: the peak is the whole prompt cache, once.
 
     A later prompt on the same cache (a second turn, or the next chunk of a long one) is pruned by the same keep ratios
-    over its own tokens; pairs kept earlier stay, but for those that an answer held beyond its share. Where it brings
-    images of its own and the cache shall know them, assign a mask of all tokens so far:
-    `cache.image_mask = inputs["input_ids"] == model.config.image_token_id`.
+    over its own tokens. Where it brings images of its own, assign a mask of all tokens so far to `cache.image_mask`.
 
     Args:
         profile: a `PrefixProfile`, a path to one, the name of a bundled one, or None.
@@ -165,8 +164,7 @@ class PrefixKVCache(WholeLayers, Cache):
             IndexError: there is no such layer (yet).
             ValueError: the layer keeps no keys of its own positions (a linear or dummy layer).
         """
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, PrunedLayer):
+        if not isinstance(layer := self.layers[layer_idx], PrunedLayer):
             return positions_of(layer, layer_idx)
         positions = layer.slot_positions()
         return (positions[:, 0] if positions.shape[1] == 1 else positions).clone()
@@ -239,48 +237,15 @@ class PrefixKVCache(WholeLayers, Cache):
         for layer in self.layers:
             empty_after_reset(layer)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of what was row `beam_idx[i]`, positions and decode state with it."""
-        self._settle()
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times, copies side by side."""
-        self._settle()
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows at `indices`, in that order."""
-        self._settle()
-        super().batch_select_indices(indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back."""
-        self._settle()
-        if crops_to_nothing(tokens_to_remove):
-            return
-        before = int(self.get_seq_length())
-        super().crop(tokens_to_remove)
-        left = int(self.get_seq_length())
-        if self.image_mask is not None and left < before:  # other tokens may come where these were
-            self.image_mask = self.image_mask[:, :left]
-
-    def activate_past_recording(self) -> None:
-        """Refused: what a decode step has overwritten cannot be put back, as assisted decoding would ask for.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            "assisted decoding takes tokens back after each step, which a pruned cache cannot undo; "
-            "generate without assistant_model and prompt_lookup_num_tokens, or with DynamicCache"
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the hook themselves, from their first update on."""
         return {**self.__dict__, "_holds_hook": False, "_padding": Padding()}
 
     # What the attention hook calls.
+
+    def watches(self, handed: HandedOut) -> bool:
+        """Whether this call is a prompt's, or the eviction policy counts what it gives."""
+        return self._rule.counts_received or self._waiting_prompt(handed) is not None
 
     def before_attention(self, handed: HandedOut, call: AttentionCall) -> None:
         """Read off a prompt's mask, in logical columns, which tokens are padding; learn the model."""

@@ -13,7 +13,7 @@ from ..rules.masks import own_mask
 from .segments import HeadGroup, Shown
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionCall:
     """One attention call, of a whole layer or of one segment's heads.
 
@@ -44,26 +44,33 @@ class AttentionCall:
     def of_segment(self, shown: Shown, n_kv_heads: int) -> AttentionCall:
         """The call for one segment: its own keys and values, its query heads, its columns of the mask."""
         if shown.group is None:
-            return replace(self, mask=self._mask_of(shown, self.query, None)) if shown.own_mask else self
+            mask = mask_of(shown, self.mask, self.query, self.backend)
+            return self if mask is self.mask else replace(self, mask=mask)
         assert shown.keys is not None and shown.values is not None, "segments of some heads show their own pairs"
-        group = self.query.shape[1] // n_kv_heads
-        query = shown.group.take(self.query, group=group)
-        return replace(
-            self,
-            module=_module_of_heads(self.module, shown.group, group),
-            query=query,
-            key=shown.keys,
-            value=shown.values,
-            mask=self._mask_of(shown, query, shown.group.index(group, query.device)),
-            options=_options_of_heads(self.options, shown.group, group),
-        )
+        heads, group = shown.group, self.query.shape[1] // n_kv_heads
+        query, mask = heads.take(self.query, group=group), self.mask
+        if shown.own_mask or mask is not None:
+            mask = mask_of(shown, mask, query, self.backend, heads.index(group, query.device))
+        module = _module_of_heads(self.module, heads, group)
+        options = _options_of_heads(self.options, heads, group)
+        return AttentionCall(module, query, shown.keys, shown.values, mask, self.backend, self.args, options)
 
-    def _mask_of(self, shown: Shown, query: Tensor, query_heads: Tensor | None) -> Any:
-        if not shown.own_mask or (self.mask is None and not shown.ragged and query.shape[2] == 1):
-            if query_heads is not None and isinstance(self.mask, Tensor) and self.mask.ndim == 4:
-                return self.mask if self.mask.shape[1] == 1 else self.mask.index_select(1, query_heads)
-            return self.mask
-        return own_mask(self.mask, shown.read_positions(), shown.ragged, query, self.backend, query_heads)
+
+def mask_of(shown: Shown, mask: Any, query: Tensor, backend: str, query_heads: Tensor | None = None) -> Any:
+    """The mask of one segment: the model's own where it fits, else the columns of the segment's pairs.
+
+    Args:
+        shown: what the segment reads.
+        mask: the model's.
+        query: [batch, query_heads, n_queries, head_dim], the segment's.
+        backend: name of the attention implementation.
+        query_heads: int64, which of the model's query heads they are. None: all.
+    """
+    if shown.own_mask and (mask is not None or shown.ragged or query.shape[2] > 1):
+        return own_mask(mask, shown.read_positions(), shown.ragged, query, backend, query_heads)
+    if query_heads is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+        return mask.index_select(1, query_heads)
+    return mask
 
 
 def join_outputs(outputs: list[Any], groups: list[HeadGroup], group: int) -> Any:

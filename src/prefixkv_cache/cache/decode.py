@@ -97,7 +97,8 @@ class GrowingStep:
         received, positions = pairs.received[..., :width], pairs.positions[..., :width]
         recent = [self._recent if self._recent >= 1 else round(self._recent * row.stored) for row in self.rows]
         first_recent = seen - _column(recent, received.device)[..., None]
-        received = torch.where(positions > first_recent, received + 1e30, received)
+        # Where the window is all that there is, the oldest of it goes.
+        received = torch.where(positions > first_recent, 1e30 + 1e24 * positions, received)
         slot = torch.arange(width, device=received.device)
         least = received.masked_fill((positions < 0) | (slot < self._sink), torch.inf).argmin(-1)
         given = _column([-1 if each is None else each for each in slots], received.device)

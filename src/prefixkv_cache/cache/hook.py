@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from ..rules.importance_flash import CaughtLogSumExp
-from .call import AttentionCall, join_outputs
+from .call import AttentionCall, join_outputs, mask_of
 from .compat import HOOKED_METHOD
 from .segments import Shown
 
@@ -33,6 +33,10 @@ _this_thread = threading.local()
 
 class AttendedCache(Protocol):
     """What the hook asks of the cache whose key tensor it recognises."""
+
+    def watches(self, handed: HandedOut) -> bool:
+        """Whether to tell the cache of this call at all: not of most decode steps."""
+        ...
 
     def before_attention(self, handed: HandedOut, call: AttentionCall) -> None:
         """Take note of an attention call that is about to run."""
@@ -47,7 +51,7 @@ class AttendedCache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HandedOut:
     """What a key tensor carries from the cache to the attention hook.
 
@@ -207,10 +211,16 @@ def _wrap(original: Callable) -> Callable:
             cache = None if handed is None else handed.cache()
             if handed is None or cache is None:
                 return function(module, query, key, value, attention_mask, *args, **kwargs)
+            watched, shown = cache.watches(handed), handed.shown
+            if not watched and shown[0].group is None:  # most decode steps: nothing to join, nothing to tell
+                mask = mask_of(shown[0], attention_mask, query, backend)
+                return function(module, query, key, value, mask, *args, **kwargs)
             call = AttentionCall(module, query, key, value, attention_mask, backend, args, kwargs)
+            if not watched:
+                return attend_over_segments(function, call, shown)[0]
             cache.before_attention(handed, call)
             catch = backend == "sdpa" and cache.wants_log_sum_exp(handed)
-            output, calls = attend_over_segments(function, call, handed.shown, catch)
+            output, calls = attend_over_segments(function, call, shown, catch)
             cache.after_attention(handed, calls)
             return output
 

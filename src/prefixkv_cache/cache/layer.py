@@ -8,7 +8,6 @@ prompt to keep; it computes no importance and knows no profile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .compat import MaxLengthNames, explain_crop, n_queries
 from .prompt import Prompt
 from .segments import Kept, Segment, SegmentRule, Shown
 from .storage import Pairs
+from .stored import StoredPairs
 
 
 class PrunedLayer(MaxLengthNames, CacheLayerMixin):
@@ -38,7 +38,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, and be as new."""
-        self.segments: list[Segment] = []
+        self.stored = StoredPairs()
         self.prompt: Prompt | None = None
         self._seen = 0
         self._planned_steps = 0  # steps asked for by the model since the plan was made
@@ -55,17 +55,18 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def planned(self) -> bool:
         """Whether decode steps go by a plan made beforehand; see decode.py."""
-        return any(segment.plan is not None for segment in self.segments)
+        return self.stored.plan is not None
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What is stored, by length; empty before the first prompt was pruned."""
+        return self.stored.segments
 
     @property
     def seen(self) -> int:
         """Tokens seen, padding included."""
         if self.planned and not torch.compiler.is_compiling():
-            plans = [segment.plan for segment in self.segments if segment.plan is not None]
-            steps = [plan.steps_taken() for plan in plans]
-            for segment in self.segments:
-                segment.catch_up(steps[0])
-            self._seen += steps[0]
+            self._seen += self.stored.catch_up()
         return self._seen
 
     def get_seq_length(self) -> int:
@@ -73,14 +74,14 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
         While steps go by a plan, this is an int64 tensor [] on the device, as in transformers' static layers.
         """
-        plan = self.segments[0].plan if self.segments else None
+        plan = self.stored.plan
         return self._seen if plan is None else plan.seen  # pyright: ignore[reportReturnType]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask, in logical columns; each segment takes its own columns at the hook."""
         if not torch.compiler.is_compiling():
             self._go_on_without_plan()
-        plan = self.segments[0].plan if self.segments else None
+        plan = self.stored.plan
         if plan is not None and n_queries(query_length) == 1:
             return plan.last, 0
         return self.seen + n_queries(query_length), 0
@@ -96,52 +97,33 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         return self._joined("values")
 
     def _joined(self, name: str) -> Tensor | None:
-        if not self.segments:
-            return None if self.prompt is None else getattr(self.prompt, name)
         _ = self.seen  # takes note of planned steps
-        parts = [getattr(segment, name) for segment in self.segments]
-        return parts[0] if len(parts) == 1 else self._spread(parts, 0)
-
-    def _spread(self, parts: Sequence[Tensor], fill: int) -> Tensor:
-        """Tensors [batch, heads of a segment, width, ...] as one [batch, heads, longest, ...]."""
-        longest = max(part.shape[2] for part in parts)
-        joined = parts[0].new_full((parts[0].shape[0], self.n_heads, longest, *parts[0].shape[3:]), fill)
-        for segment, part in zip(self.segments, parts, strict=True):
-            heads = list(_heads_of(segment, self.n_heads))
-            joined[:, heads, : part.shape[2]] = part.expand(-1, len(heads), *part.shape[2:])
-        return joined
+        return self.stored.joined(name) if self.segments else getattr(self.prompt, name, None)
 
     # What the cache asks.
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch, 0 before the first prompt."""
-        if self.prompt is not None:
-            return self.prompt.keys.shape[0]
-        return self.segments[0].batch_size if self.segments else 0
+        return self.stored.batch_size if self.prompt is None else self.prompt.keys.shape[0]
 
     @property
     def n_heads(self) -> int:
         """Key heads, 0 before the first prompt."""
-        if self.prompt is not None:
-            return self.prompt.keys.shape[1]
-        return sum(segment.keys.shape[1] for segment in self.segments)
+        return self.stored.n_heads if self.prompt is None else self.prompt.keys.shape[1]
 
     @property
     def stored_by_head(self) -> list[int]:
         """Pairs that each key head holds, by its longest row; a prompt that is not pruned yet counts whole."""
         _ = self.seen
-        waiting = 0 if self.prompt is None else self.prompt.n_new
-        stored = [0] * self.n_heads
-        for segment in self.segments:
-            for head in _heads_of(segment, self.n_heads):
-                stored[head] = segment.width
-        return [each + waiting for each in stored]
+        if self.prompt is None:
+            return self.stored.by_head()
+        return [stored + self.prompt.n_new for stored in self.stored.by_head() or [0] * self.n_heads]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the key and value tensors that are allocated, spare room included."""
-        tensors = [tensor for s in self.segments if s.pairs for tensor in (s.pairs.keys, s.pairs.values)]
+        tensors = self.stored.tensors()
         if self.prompt is not None:
             shown = [each for s in self.prompt.shown for each in (s.keys, s.values) if each is not None]
             tensors += shown or [self.prompt.keys, self.prompt.values]
@@ -159,8 +141,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
             int64 [batch, 1, stored]; [batch, heads, longest] where heads keep keys of their own.
         """
         _ = self.seen
-        parts = [segment.positions for segment in self.segments]
-        stored = parts[0] if len(parts) == 1 else self._spread(parts, -1) if parts else None
+        stored = self.stored.joined("positions", -1) if self.segments else None
         if self.prompt is None:
             return torch.empty(0, 1, 0, dtype=torch.int64) if stored is None else stored
         new = self._new_positions(self.prompt)
@@ -199,17 +180,20 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if self.segments:
             self._check(key_states)
         if self.segments and n_new == 1:
-            shown = self._decode(key_states.detach(), value_states.detach())
+            self._shown = shown = self._decode(key_states.detach(), value_states.detach())
         else:
-            shown = self._begin_prompt(key_states, value_states)
+            self._shown = shown = self._begin_prompt(key_states, value_states)
         if len(shown) > 1:
-            self._shown = shown
-            longest = max(each.keys.shape[2] for each in shown if each.keys is not None)
-            return _stand_in(key_states, longest), _stand_in(value_states, longest)
-        # The tensor that carries `Shown` to the attention hook must not be held by it: it would outlive its use.
-        self._shown = [replace(shown[0], keys=None, values=None)]
+            return _stand_ins(
+                key_states, value_states, max(each.keys.shape[2] for each in shown if each.keys is not None)
+            )
         keys, values = shown[0].keys, shown[0].values
-        return key_states if keys is None else keys, value_states if values is None else values
+        if keys is None or values is None:
+            return key_states, value_states
+        # The tensor that carries `Shown` to the attention hook must not be held by it: it would outlive its use.
+        group, own_mask, ragged = shown[0].group, shown[0].own_mask, shown[0].ragged
+        self._shown = [Shown(group, None, None, own_mask, ragged, shown[0].positions, shown[0].segment)]
+        return keys, values
 
     def take_shown(self) -> list[Shown]:
         """What the backend shall see of the last `update`, by segment; asked for once."""
@@ -237,19 +221,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         prompt = self.prompt = Prompt(keys.detach(), values.detach(), [])
         if not self.segments:
             return [Shown(None)]
-        new = self._new_positions(prompt)
-        for segment in self.segments:
-            own_mask = segment.needs_own_mask or segment.ragged
-            shown = Shown(
-                segment.group,
-                torch.cat([segment.keys, segment.own(keys)], dim=2),
-                torch.cat([segment.values, segment.own(values)], dim=2),
-                own_mask,
-                segment.ragged,
-                # Taken now: a model that shares keys between layers shows them again after this layer was pruned.
-                torch.cat([segment.positions, new.expand(-1, segment.positions.shape[1], -1)], dim=2),
-            )
-            prompt.shown.append(shown)
+        prompt.shown = self.stored.shown_with(keys, values, self._new_positions(prompt))
         if len(self.segments) == 1:  # one copy of the new pairs is enough
             prompt.keys, prompt.values = (
                 each.narrow(2, each.shape[2] - n_new, n_new)
@@ -259,24 +231,21 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         return prompt.shown
 
     def _decode(self, keys: Tensor, values: Tensor) -> list[Shown]:
-        if self.planned and not torch.compiler.is_compiling():
+        planned = self.planned
+        if planned and not torch.compiler.is_compiling():
             self._go_on_without_plan()
             self._planned_steps += 1
-        planned = self.planned
-        written = [segment.append(segment.own(keys), segment.own(values), self._seen) for segment in self.segments]
+            planned = self.planned
+        shown = self.stored.append(keys, values, self._seen)
         if not planned:
             self._seen += 1
-        return [
-            Shown(segment.group, *pair, segment.needs_own_mask, segment.ragged, segment=segment)
-            for segment, pair in zip(self.segments, written, strict=True)
-        ]
+        return shown
 
     def _go_on_without_plan(self) -> None:
         """Where the plan's steps are used up, go on with growing memory."""
         if self.planned and self._planned_steps >= (self.rule.max_new_tokens or 0):
             _ = self.seen
-            for segment in self.segments:
-                segment.drop_plan()
+            self.stored.drop_plan()
 
     def prune(self, kept: Sequence[Kept]) -> None:
         """Keep these tokens of the prompt, and all pairs of earlier turns; make the buffers that decoding goes on in.
@@ -288,30 +257,16 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if prompt is None:
             raise RuntimeError("there is no prompt to prune: prune() follows the update() of a prompt")
         if not self.segments:
-            self.segments = [Segment(each.heads, self.rule) for each in kept]
+            self.stored = StoredPairs([Segment(each.heads, self.rule) for each in kept], prompt.keys.shape[1])
             new = self._new_positions(prompt)
             sources = [Pairs(s.own(prompt.keys), s.own(prompt.values), new) for s in self.segments]
         else:
             sources = [Pairs(s.keys, s.values, s.read_positions()) for s in prompt.shown]  # pyright: ignore[reportArgumentType]
         for segment, each, source in zip(self.segments, kept, sources, strict=True):
-            source.received = self._received(segment, prompt)
+            if self.rule.counts_received:
+                source.received = segment.received_with(prompt.scores, prompt.keys)
             segment.prune(source, prompt.n_new, each, prompt.valid, prompt.lengths, self._seen)
         self.prompt, self._planned_steps = None, 0
-
-    def _received(self, segment: Segment, prompt: Prompt) -> Tensor | None:
-        """float32 [batch, 1 or heads, stored + n_new]: attention received by the old pairs, then by the prompt's."""
-        if not self.rule.counts_received:
-            return None
-        new = prompt.scores
-        if new is None:  # nothing is pruned, so nobody asked
-            new = torch.zeros(self.batch_size, 1, prompt.n_new, device=prompt.keys.device)
-        elif new.shape[1] > 1:
-            new = segment.own(new)
-        if segment.pairs is None or segment.pairs.received is None:
-            return new
-        old = segment.pairs.received[..., : segment.width]
-        heads = max(old.shape[1], new.shape[1])
-        return torch.cat([old.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=2)
 
     # Operations on the batch. An unpruned prompt cannot be reordered: it lives only inside a forward, or, where lengths
     # are found from all layers' scores, until the last layer has been seen.
@@ -330,13 +285,12 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         seen = self.seen
-        for segment in self.segments:
-            segment.select_rows(indices, seen)
+        self.stored.select_rows(indices, seen)
         self._planned_steps = self._steps_planned_for(seen)
 
     def _steps_planned_for(self, seen: int) -> int:
         """Planned steps that count as taken: those of `max_new_tokens` that are not left."""
-        plan = self.segments[0].plan if self.segments else None
+        plan = self.stored.plan
         return 0 if plan is None else (self.rule.max_new_tokens or 0) - (plan.last - seen)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -356,15 +310,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if end == 0:
             self.reset()
             return
-        for segment in self.segments:
-            held = segment.held_before(end)
-            if bool((held != held[:, :1]).any()):
-                raise ValueError(
-                    f"cannot take back {-tokens_to_remove} tokens: heads keep keys of their own here, and would be "
-                    "left with different numbers of them; call cache.reset(), or use heads='mean'"
-                )
-        for segment in self.segments:
-            segment.crop(end, -tokens_to_remove, seen)
+        self.stored.crop(end, -tokens_to_remove, seen)
         self._seen = end
         self._planned_steps = self._steps_planned_for(end)
 
@@ -372,23 +318,16 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
 
     def offload(self) -> None:
         """Move the buffers to the CPU."""
-        self._move(torch.device("cpu"))
+        self.stored.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Move the buffers back to the layer's device, if there are any yet."""
         if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        for segment in self.segments:
-            if segment.pairs is not None:
-                segment.pairs.move(device)
+            self.stored.move(self.device)
 
 
-def _heads_of(segment: Segment, n_heads: int) -> Sequence[int]:
-    return range(n_heads) if segment.group is None else segment.group.heads
-
-
-def _stand_in(like: Tensor, length: int) -> Tensor:
-    batch, heads, _, head_dim = like.shape
-    return like.new_full((1, 1, 1, 1), torch.nan).expand(batch, heads, length, head_dim)
+def _stand_ins(keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Tensors of the shapes that the model expects, of one number: they take no memory."""
+    batch, heads = keys.shape[:2]
+    one = keys.new_full((1, 1, 1, 1), torch.nan)
+    return one.expand(batch, heads, length, keys.shape[3]), one.expand(batch, heads, length, values.shape[3])

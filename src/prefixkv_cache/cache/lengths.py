@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from ..methods import Method
 from ..profiles.profile import PrefixProfile, ProfileError
-from ..rules.clustering import cluster, group_counts
+from ..rules.clustering import cluster, group_means
 from ..rules.lengths import dithered_count, pool_counts, prompt_count, pyramid_ratios, raise_to_floor
 from ..rules.threshold import search_threshold
 from .prompt import Prompt
 
 MOST_SEGMENTS = 4
 """Different lengths that the key heads of one layer may have."""
+_GROUPING_BUDGET = 0.2
 
 
 @dataclass(frozen=True)
@@ -214,16 +216,14 @@ class ScoredLengths:
         n_tokens, n_heads = pool.shape[2], pool.shape[0] * pool.shape[1]
         total = round(fraction * n_heads * n_tokens)
         least = max(self._sink + 1, min(self._floor, total // n_heads))
-        counts, left_over = [], 0
-        for of_layer in pool_counts(pool, total, least).tolist():
-            # What is left over by rounding to group lengths goes to the longest head of the next layer that has room.
-            longest = max(range(len(of_layer)), key=lambda head: (of_layer[head] < n_tokens, of_layer[head]))
-            more = min(left_over, n_tokens - of_layer[longest])
-            of_layer[longest] += more
-            grouped, new = group_counts(of_layer, MOST_SEGMENTS, least=least, limit=n_tokens)
-            counts.append(grouped)
-            left_over += new - more
-        return counts
+        # Grouped by what heads would keep at one budget, whatever the budget asked for is: so more budget never keeps
+        # less. A group's heads get its mean, rounded down; a layer leaves fewer pairs over than it has heads.
+        reference = pool_counts(pool, round(_GROUPING_BUDGET * n_heads * n_tokens), least).tolist()
+        counts = pool_counts(pool, total, least).tolist()
+        groups = [cluster(tuple(of_layer), MOST_SEGMENTS) for of_layer in reference]
+        return [
+            [int(mean) for mean in group_means(of_layer, own)] for of_layer, own in zip(counts, groups, strict=True)
+        ]
 
 
 def fraction_of(budget: float | int, n_tokens: int) -> float:
@@ -245,13 +245,12 @@ def length_source(
     common = {"sink": method.protect.sink, "floor": method.lengths.floor}
     if profile is not None:
         name = f"the profile of {profile.metadata.get('model', 'unknown')!r}"
-        ratios = _profile_ratios(profile)
-        return RatioLengths(ratios, budget, n_layers, **common, dithered=False, source=name)
+        return RatioLengths(_ProfileRatios(profile), budget, n_layers, **common, dithered=False, source=name)
     if method.lengths.need_all_layers and budget != 1.0:
         return ScoredLengths(method, budget)
     steepness = 20.0 if method.lengths.lengths == "pyramid" else 1.0
     return RatioLengths(
-        lambda fraction: [[ratio] for ratio in pyramid_ratios(fraction, max(1, n_layers), steepness)],
+        partial(_shape_ratios, max(1, n_layers), steepness),
         budget,
         n_layers,
         **common,
@@ -260,19 +259,21 @@ def length_source(
     )
 
 
-def _profile_ratios(profile: PrefixProfile) -> Callable[[float], list[list[float]]]:
-    """The profile's keep ratios, the heads of a layer grouped so that at most four lengths occur in it.
+def _shape_ratios(n_layers: int, steepness: float, fraction: float) -> list[list[float]]:
+    return [[ratio] for ratio in pyramid_ratios(fraction, n_layers, steepness)]
+
+
+class _ProfileRatios:
+    """A profile's keep ratios, the heads of a layer grouped so that at most four lengths occur in it.
 
     Groups are made once, by what a head keeps on average over the grid: so they are the same at every budget, and more
     budget never keeps less (law 4).
     """
-    groups = [cluster(tuple(of_layer), MOST_SEGMENTS) for of_layer in profile.keep.mean(0).tolist()]
 
-    def ratios(fraction: float) -> list[list[float]]:
-        grouped = profile.keep_ratios(fraction)
-        for of_layer, heads_of in zip(grouped, groups, strict=True):
-            for heads in heads_of:
-                of_layer[list(heads)] = of_layer[list(heads)].mean()
-        return grouped.tolist()
+    def __init__(self, profile: PrefixProfile):
+        self._profile = profile
+        self._groups = [cluster(tuple(of_layer), MOST_SEGMENTS) for of_layer in profile.keep.mean(0).tolist()]
 
-    return ratios
+    def __call__(self, fraction: float) -> list[list[float]]:
+        ratios = self._profile.keep_ratios(fraction).tolist()
+        return [group_means(of_layer, groups) for of_layer, groups in zip(ratios, self._groups, strict=True)]

@@ -70,7 +70,7 @@ class Kept:
     ratios: list[float]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Shown:
     """What the attention of one segment reads in one forward.
 
@@ -291,6 +291,21 @@ class Segment:
             importance = importance.mean(1, keepdim=True)
         received[..., : importance.shape[2]] += importance
 
+    def received_with(self, scores: Tensor | None, keys: Tensor) -> Tensor:
+        """Attention received by the stored pairs, then by a prompt's: float32 [batch, 1 or heads, width + n_new].
+
+        Args:
+            scores: float32 [batch, 1 or kv_heads, n_new], of the prompt; None: nothing is pruned, so nobody asked.
+            keys: [batch, kv_heads, n_new, head_dim], of the prompt.
+        """
+        new = torch.zeros(len(keys), 1, keys.shape[2], device=keys.device) if scores is None else scores
+        new = self.own(new) if new.shape[1] > 1 else new
+        if self.pairs is None or self.pairs.received is None:
+            return new
+        old = self.pairs.received[..., : self.width]
+        heads = max(old.shape[1], new.shape[1])
+        return torch.cat([old.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=2)
+
     # Operations on the batch, and taking tokens back.
 
     def select_rows(self, indices: Tensor, seen: int) -> None:
@@ -303,7 +318,7 @@ class Segment:
             self.width = max((row.stored for row in self._step.rows), default=0)
         if left is not None or self.pairs.capacity - self.width > STEPS_PER_GROWTH:
             slots = torch.arange(self.width, device=self.pairs.keys.device)
-            self._rebuild(self.pairs, slots.expand(len(indices), 1, -1), left, seen)
+            self._rebuild(self.pairs, slots.expand(*self.pairs.positions.shape[:2], -1), left, seen)
 
     def held_before(self, end: int) -> Tensor:
         """int64 [batch, 1 or heads]: pairs of tokens before position `end`."""

@@ -1,8 +1,7 @@
 """Tensor parallelism: each rank sees some of the heads, and all ranks must keep the same keys.
 
-The importance of a layer is averaged over the ranks that share its heads, so that it is the mean over all heads, equal
-on every rank. Scores that compare keys or values are made of what all heads say: `HeadRanks` puts it together. Nothing
-here runs unless a layer's weights are sharded.
+Where heads agree on keys, scores are gathered from the ranks that share a layer's heads before they are joined, so that
+they are equal on every rank. Nothing here runs unless a layer's weights are sharded.
 """
 
 from __future__ import annotations
@@ -46,21 +45,6 @@ class HeadRanks:
 
 
 ALONE = HeadRanks()
-
-
-def join_head_ranks(importance: Tensor, module: Any) -> Tensor:
-    """The mean of `importance` over the ranks that hold the other heads of this attention module; itself if none do.
-
-    Args:
-        importance: float32 of any shape, the mean over the heads of this rank. Ranks hold equally many.
-        module: the attention module.
-    """
-    group = _head_group(module)
-    if group is None:
-        return importance
-    total = importance.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return total / torch.distributed.get_world_size(group)
 
 
 def _head_group(module: Any) -> Any:

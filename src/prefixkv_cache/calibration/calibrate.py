@@ -43,7 +43,7 @@ def calibrate(
     samples: Iterable[Mapping[str, Any]],
     *,
     method: Method | str | None = None,
-    by: str = "mass",
+    by: str = MEASURED,
     unit: str = "layer",
     budgets: Sequence[float] = DEFAULT_BUDGETS,
     metadata: Mapping[str, str] | None = None,
@@ -64,12 +64,12 @@ def calibrate(
         model: a transformers model of a kind that `PrefixKVCache` can prune, in any dtype, on one device or several.
         samples: dicts that `model(**sample)` takes, such as what a processor returns; any iterable.
         method: how the cache will rank its keys; None: the default. The profile carries it.
-        by: where lengths come from. `"mass"`: the paper's search on the scores (arXiv 2412.03409), so that of one
-            sample the profile holds what `method.lengths == "search"` finds on that prompt. `"reconstruction"`: one
-            pool of how much attention each key gets when the prompt is repeated (KVzip, arXiv 2505.23416). `"loss"`:
-            what pruning each layer or head alone costs the model's own answers. `"measured"`: all of them, alone and
-            blended with uniform lengths, are measured on every third sample, which is set aside, and the best is kept;
-            a warning says so if it does not beat uniform lengths.
+        by: where lengths come from. `"measured"`: proposals by all criteria below, alone and blended with uniform
+            lengths, are measured on every third sample, which is set aside, and the best is kept; a warning says so if
+            it does not beat uniform lengths. `"mass"`: the paper's search on the scores (arXiv 2412.03409), so that of
+            one sample the profile holds what `lengths="search"` finds on that prompt. `"reconstruction"`: one pool of
+            how much attention each key gets when the prompt is repeated (KVzip, arXiv 2505.23416). `"loss"`: what
+            pruning each layer or head alone costs the model's own answers.
         unit: `"layer"`: one length a layer, or `"head"`: one for each key head (with `"measured"`, both are tried).
         budgets: the grid of the profile, fractions kept, in (0, 1].
         metadata: more to write into the profile, string to string, such as `{"source": "MM-Vet, 10 samples"}`.
@@ -257,8 +257,9 @@ class Run:
             return
         if is_out_of_memory(failed):
             raise failed
-        self.failures[job.indices[0]] = failed
-        self.on_error(job.indices[0], failed)
+        for index in job.indices:
+            self.failures[index] = failed
+            self.on_error(index, failed)
 
 
 def is_out_of_memory(error: Exception) -> bool:

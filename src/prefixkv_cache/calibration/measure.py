@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..cache.architecture import whole_layer_kinds
-from ..cache.call import AttentionCall
 from ..cache.lengths import RatioLengths, Share, length_source
 from ..cache.pipeline import kept_of_prompt
 from ..cache.prompt import Prompt as LayerPrompt
@@ -25,8 +24,9 @@ from ..profiles.profile import PrefixProfile
 from ..rules.importance import DEFAULT_MAX_BYTES
 from ..rules.scoring import join_heads
 from .observe import ObservedCache, Scores, check_observed, evaluating, model_inputs, valid_rows
+from .reconstruct import LargestAttention
 
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 40
 """Length of the answers, at most."""
 
 # What a decoder is given in the prompt's forward and shall not be given again.
@@ -46,7 +46,7 @@ class AnsweredPrompt:
         answer_tokens: length of the answer, at most.
 
     Attributes:
-        scores: float32 [batch, kv_heads, n] by layer index, before heads agree.
+        scores: float32 [batch, 1 or kv_heads, n] by layer index.
         layers: indices of the prunable layers.
         valid: bool [batch, n], False at padding; None: no padding.
         answer: int64 [batch, n_answer].
@@ -69,6 +69,11 @@ class AnsweredPrompt:
     ):
         if not getattr(model, "can_generate", lambda: False)():
             raise TypeError(f"{type(model).__name__} cannot generate, so what pruning costs it cannot be measured")
+        backend = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None) or "eager"
+        if "flash" in backend:
+            raise ValueError(
+                f"{backend} cannot hide pairs of single heads; load the model with sdpa or eager attention"
+            )
         self.model, self.method, self.max_bytes = model, method, max_bytes
         inputs = model_inputs(model, sample)
         self.cache = ObservedCache(model.config, stored=True)
@@ -105,7 +110,7 @@ class AnsweredPrompt:
         return [n] * batch if self.valid is None else self.valid.sum(1).tolist()
 
     def rows_of_scores(self) -> list[Tensor]:
-        """For each row, float32 [n_layers, kv_heads, n_valid] on the CPU."""
+        """For each row, float32 [n_layers, 1 or kv_heads, n_valid] on the CPU."""
         return valid_rows(torch.stack([self.scores[index].cpu() for index in self.layers]), self.valid)
 
     def kept(self, profile: PrefixProfile, budget: float) -> dict[int, Tensor]:
@@ -171,10 +176,13 @@ class AnsweredPrompt:
             For each row, float32 [n_layers, kv_heads, n_valid] on the CPU.
         """
         self._forwards.restore(self.cache)
-        self.cache.observer = largest = _Largest(self.valid, self.max_bytes)
+        # Padding goes behind the second copy: between the two, it would use up sliding windows.
+        order = None if self.valid is None else (~self.valid).long().argsort(dim=1, stable=True)
+        valid = None if self.valid is None or order is None else self.valid.gather(1, order)
+        self.cache.observer = largest = LargestAttention(valid, self.max_bytes)
         try:
             with evaluating(self.model):
-                self._forwards.repeat_prompt(self._mask)
+                self._forwards.repeat_prompt(self._mask, order)
         finally:
             self.cache.observer = None
         return valid_rows(torch.stack([largest.of_layer[index] for index in self.layers]), self.valid)
@@ -182,9 +190,9 @@ class AnsweredPrompt:
     def _prompt(self, index: int, image: Tensor | None) -> LayerPrompt:
         """One layer's prompt, as the pipeline takes it."""
         pairs: Any = self.cache.layers[index]
-        keys, scores, how = pairs.keys, self.scores[index], self.method.ranking.heads
+        keys, scores = pairs.keys, self.scores[index]
         # A model that stores other heads than it attends with (latent attention) cannot keep keys by head.
-        scores = join_heads(scores, how if scores.shape[1] == keys.shape[1] else "mean")
+        scores = scores if scores.shape[1] == keys.shape[1] else join_heads(scores, "mean")
         valid, image = (None if each is None else each.to(keys.device) for each in (self.valid, image))
         return LayerPrompt(keys, pairs.values, [], scores=scores, valid=valid, image=image, lengths=self.n_tokens)
 
@@ -264,16 +272,36 @@ class _Forwards:
             own.clear()
             own.update(copy.deepcopy(saved) if _is_in_place(layer) else saved)
 
-    def repeat_prompt(self, mask: Tensor | None) -> None:
-        """Feed the decoder the prompt once more, behind itself."""
-        first = self._prompt
-        more = {name: value for name, value in first.items() if name not in _OF_ONE_FORWARD}
-        name = "inputs_embeds" if first.get("inputs_embeds") is not None else "input_ids"
-        if first.get("position_ids") is not None:
-            more["position_ids"] = positions_behind(first["position_ids"])
+    def repeat_prompt(self, mask: Tensor | None, order: Tensor | None) -> None:
+        """Feed the decoder the prompt once more, behind itself.
+
+        Args:
+            mask: int64 [batch, n], 0 at padding; None: no padding.
+            order: int64 [batch, n], in which order each row's tokens are fed; None: as they were.
+        """
+        again = dict(self._prompt)
+        if again.get("position_ids") is not None:
+            again["position_ids"] = positions_behind(again["position_ids"])
+        if order is not None:
+            again = {name: _in_order(value, order, name) for name, value in again.items()}
+        more = {name: value for name, value in again.items() if name not in _OF_ONE_FORWARD}
         if mask is not None:
-            more["attention_mask"] = torch.cat([mask, mask], dim=1)
-        self._decoder(**{name: first[name]}, past_key_values=self._cache, use_cache=True, **more)
+            more["attention_mask"] = torch.cat([mask, mask if order is None else mask.gather(1, order)], dim=1)
+        for name in ("inputs_embeds", "input_ids", "position_ids"):
+            if again.get(name) is not None and not (name == "input_ids" and "inputs_embeds" in more):
+                more[name] = again[name]
+        self._decoder(past_key_values=self._cache, use_cache=True, **more)
+
+
+def _in_order(value: Any, order: Tensor, name: str) -> Any:
+    """A tensor of tokens, [batch, n, ...] or positions [..., batch, n], with each row's tokens in this order."""
+    if not isinstance(value, Tensor):
+        return value
+    if name == "position_ids":
+        return value.expand(*value.shape[:-2], *order.shape).gather(-1, order.expand(*value.shape[:-2], -1, -1))
+    if value.shape[:2] != order.shape:
+        return value
+    return value.take_along_dim(order.view(*order.shape, *[1] * (value.ndim - 2)), 1)
 
 
 def _is_in_place(layer: Any) -> bool:
@@ -306,69 +334,3 @@ def _kept_mask(prompt: LayerPrompt, share: Share, method: Method) -> Tensor:
         columns = kept.columns.masked_fill(kept.columns < 0, n).expand(-1, len(heads), -1)
         mask[:, heads] = mask[:, heads].scatter(2, columns, True)
     return mask[..., :n]
-
-
-def _causal(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Bool [1, 1, n_queries, n_keys]: the queries are the last of the keys."""
-    visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    return visible.tril(n_keys - n_queries)[None, None]
-
-
-class _Largest:
-    """Observer of the second pass.
-
-    Attributes:
-        of_layer: float32 [batch, kv_heads, n] on the CPU, by layer index: `largest_attention` of the first n keys.
-    """
-
-    def __init__(self, valid: Tensor | None, max_bytes: int):
-        self._valid, self._max_bytes = valid, max_bytes
-        self.of_layer: dict[int, Tensor] = {}
-
-    def wants_log_sum_exp(self, layer_idx: int) -> bool:
-        """It is not asked for."""
-        return False
-
-    def look(self, layer_idx: int, call: AttentionCall) -> None:
-        """The largest of this call, and of others to the same keys."""
-        found = largest_attention(call, call.key.shape[2] - call.query.shape[2], self._valid, self._max_bytes).cpu()
-        before = self.of_layer.get(layer_idx)
-        self.of_layer[layer_idx] = found if before is None else torch.maximum(before, found)
-
-
-def largest_attention(call: AttentionCall, n: int, valid: Tensor | None, max_bytes: int) -> Tensor:
-    """The largest attention that any query of a call gives each of the first n keys.
-
-    Args:
-        call: whose queries are the last of its keys.
-        n: so many first keys are asked about.
-        valid: bool [batch, n_queries], False at padding, whose queries do not count; None: no padding.
-        max_bytes: ceiling for the temporaries.
-
-    Returns:
-        float32 [batch, kv_heads, n], the largest over the query heads of each key head, too.
-    """
-    batch, heads, n_queries, size = call.query.shape
-    kv_heads, n_keys = call.key.shape[1:3]
-    options, mask = call.options, call.mask
-    if mask is None:
-        mask = _causal(n_queries, n_keys, call.key.device)
-    scaling = size**-0.5 if options.get("scaling") is None else options["scaling"]
-    keys = call.key.float().repeat_interleave(heads // kv_heads, 1).transpose(2, 3) * scaling
-    largest = torch.zeros(batch, heads, n, device=call.key.device)
-    step = max(1, max_bytes // (12 * batch * heads * n_keys))
-    for start in range(0, n_queries, step):
-        span = slice(start, start + step)
-        scores = call.query[:, :, span].float() @ keys
-        if options.get("softcap") is not None:
-            scores = (scores / options["softcap"]).tanh() * options["softcap"]
-        own = mask[:, :, span]
-        scores = scores + own if own.is_floating_point() else scores.masked_fill(~own, -1e30)
-        total = scores.logsumexp(-1, keepdim=True)
-        if options.get("s_aux") is not None:  # a learned score beside the keys (gpt-oss)
-            total = torch.logaddexp(total, options["s_aux"].float().view(1, -1, 1, 1))
-        weights = (scores[..., :n] - total).exp()
-        if valid is not None:
-            weights = weights.masked_fill(~valid.to(weights.device)[:, None, span, None], 0.0)
-        largest = torch.maximum(largest, weights.amax(2))
-    return largest.view(batch, kv_heads, heads // kv_heads, n).amax(2)

@@ -25,6 +25,7 @@ from ..cache.tensor_parallel import ALONE, HeadRanks
 from ..methods import Method
 from ..rules.importance import DEFAULT_MAX_BYTES
 from ..rules.masks import valid_tokens
+from ..rules.scoring import join_heads
 
 # Arguments that would make the model compute more than the attention, or that are ours to give.
 _NOT_PASSED_ON = ("labels", "past_key_values", "use_cache", "logits_to_keep")
@@ -112,6 +113,10 @@ class ObservedCache(Cache):
     def before_attention(self, handed: HandedOut, call: AttentionCall) -> None:
         """Nothing is to be noted."""
 
+    def watches(self, handed: HandedOut) -> bool:
+        """Whether anything looks at the calls."""
+        return self.observer is not None
+
     def wants_log_sum_exp(self, handed: HandedOut) -> bool:
         """Whether the observer will ask for the importance of all queries."""
         return self.observer is not None and self.observer.wants_log_sum_exp(handed.layer_idx)
@@ -142,7 +147,7 @@ class Scores:
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
 
     Attributes:
-        of_layer: float32 [batch, all kv_heads, n] by layer index, before heads agree.
+        of_layer: float32 [batch, all kv_heads, n] by layer index; [batch, 1, n] where heads agree on keys.
         valid: bool [batch, n], False at padding; None: no padding.
         ranks: the tensor-parallel ranks that share the heads.
     """
@@ -172,7 +177,8 @@ class Scores:
             self.valid = None if valid is None or bool(valid.all()) else valid.expand(call.key.shape[0], -1)
             self.ranks = HeadRanks.of(call.module)
         valid = None if self.valid is None else self.valid.to(call.key.device)
-        self.of_layer[layer_idx] = score_call(call, self.method, n, valid, self.method.protect.sink, self.max_bytes)
+        scores = score_call(call, self.method, n, valid, self.method.protect.sink, self.max_bytes)
+        self.of_layer[layer_idx] = join_heads(scores, self.method.ranking.heads)
 
 
 def valid_rows(of_batch: Tensor, valid: Tensor | None) -> list[Tensor]:

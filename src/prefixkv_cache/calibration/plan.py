@@ -53,7 +53,7 @@ class Plan:
     """
 
     method: Method = DEFAULT
-    by: str = "mass"
+    by: str = MEASURED
     unit: str = "layer"
     budgets: tuple[float, ...] = DEFAULT_BUDGETS
     max_bytes: int = DEFAULT_MAX_BYTES

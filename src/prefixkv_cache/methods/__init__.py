@@ -11,6 +11,7 @@ from .default import DEFAULT as DEFAULT
 from .elastic import ELASTIC as ELASTIC
 from .h2o import H2O as H2O
 from .keydiff import KEYDIFF as KEYDIFF
+from .method import NAMED as NAMED
 from .method import Decode as Decode
 from .method import Lengths as Lengths
 from .method import Method as Method
@@ -23,19 +24,18 @@ from .snapkv import SNAPKV as SNAPKV
 from .streaming import STREAMING as STREAMING
 from .uniform import UNIFORM as UNIFORM
 
-NAMED: dict[str, Method] = {
-    "default": DEFAULT,
-    "prefixkv": PREFIXKV,
-    "elastic": ELASTIC,
-    "h2o": H2O,
-    "streaming": STREAMING,
-    "snapkv": SNAPKV,
-    "pyramidkv": PYRAMIDKV,
-    "uniform": UNIFORM,
-    "random": RANDOM,
-    "keydiff": KEYDIFF,
-}
-"""By the names that spellings begin with."""
+NAMED.update(
+    default=DEFAULT,
+    prefixkv=PREFIXKV,
+    elastic=ELASTIC,
+    h2o=H2O,
+    streaming=STREAMING,
+    snapkv=SNAPKV,
+    pyramidkv=PYRAMIDKV,
+    uniform=UNIFORM,
+    random=RANDOM,
+    keydiff=KEYDIFF,
+)
 
 
 class MethodMismatchWarning(UserWarning):

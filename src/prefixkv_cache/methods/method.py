@@ -15,6 +15,7 @@ from ..rules.checks import check_choice, check_fraction, check_integer, to_float
 from .scores import SCORES
 
 LONGEST_SPELLING = 1000  # characters; no method needs half of it, and a profile from a stranger may hold anything
+LARGEST = 10**9  # tokens, of any field
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Ranking:
         _set(self, "queries", _check_queries("queries", self.queries, 1))
         _set(self, "context", _check_queries("context", self.context, 0))
         check_choice("heads", self.heads, ("mean", "max", "each"))
-        _set(self, "pooling", check_integer("pooling", self.pooling, 1))
+        _set(self, "pooling", _check_tokens("pooling", self.pooling, 1))
         if self.pooling % 2 == 0:
             raise ValueError(f"pooling must be an odd number of keys, such as 7; got {self.pooling}")
         check_choice("pooling_by", self.pooling_by, ("max", "mean"))
@@ -69,7 +70,7 @@ class Lengths:
 
     def __post_init__(self) -> None:
         check_choice("lengths", self.lengths, ("search", "uniform", "pyramid", "pool"))
-        _set(self, "floor", check_integer("floor", self.floor, 0))
+        _set(self, "floor", _check_tokens("floor", self.floor, 0))
 
     @property
     def need_all_layers(self) -> bool:
@@ -97,7 +98,7 @@ class Protect:
     merge: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "sink", check_integer("sink", self.sink, 0))
+        _set(self, "sink", _check_tokens("sink", self.sink, 0))
         _set(self, "recent", _check_recent(self.recent))
         _set(self, "text_floor", check_fraction("text_floor", self.text_floor))
         if not isinstance(self.merge, bool):
@@ -122,13 +123,13 @@ class Decode:
     def __post_init__(self) -> None:
         check_choice("evict", self.evict, ("fixed-point", "oldest", "least-important"))
         if self.distance is not None:
-            _set(self, "distance", check_integer("distance", self.distance, 1))
+            _set(self, "distance", _check_tokens("distance", self.distance, 1))
             if self.evict != "fixed-point":
                 raise ValueError(
                     f"distance={self.distance} says where the fixed point lies, and evict={self.evict!r} has none; "
                     "write distance=None"
                 )
-        _set(self, "headroom", check_integer("headroom", self.headroom, 0))
+        _set(self, "headroom", _check_tokens("headroom", self.headroom, 0))
 
     @property
     def nothing_leaves(self) -> bool:
@@ -174,7 +175,7 @@ class Method:
     @property
     def flat(self) -> dict[str, Any]:
         """All fields of the four parts by their flat names, in order."""
-        return {f.name: getattr(part, f.name) for part in self._parts() for f in fields(part)}
+        return {name: value for part in self._parts() for name, value in vars(part).items()}
 
     @property
     def name(self) -> str:
@@ -223,9 +224,8 @@ class Method:
         if len(text) > LONGEST_SPELLING:
             raise ValueError(f"a method's spelling has at most {LONGEST_SPELLING} characters; got {len(text)}")
         name, _, rest = (part.strip() for part in text.partition(":"))
-        named = _named()
-        if name not in named:
-            raise ValueError(f"there is no method {name!r}; there are {', '.join(named)}")
+        if name not in NAMED:
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(NAMED)}")
         options: dict[str, Any] = {}
         for part in rest.split(";") if rest else []:
             key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -235,7 +235,7 @@ class Method:
                 raise ValueError(f"method {text!r}: {key} is there twice")
             options[key] = _value(value)
         try:
-            return named[name].replace(**options)
+            return NAMED[name].replace(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"method {text!r}: {error}") from None
 
@@ -246,12 +246,15 @@ class Method:
         """Name of the nearest named method, and the fields in which this one differs; of equals the first."""
         own = self.flat
         found = {
-            name: {key: value for key, value in own.items() if _differs(value, other.flat[key])}
-            for name, other in _named().items()
+            name: {key: value for key, value in own.items() if _differs(value, theirs[key])}
+            for name, theirs in ((name, other.flat) for name, other in NAMED.items())
         }
         name = min(found, key=lambda each: len(found[each]))
         return name, found[name]
 
+
+NAMED: dict[str, Method] = {}
+"""Methods by the names that spellings begin with; filled by `methods/__init__.py`."""
 
 _PARTS: Mapping[str, type] = {"ranking": Ranking, "lengths": Lengths, "protect": Protect, "decode": Decode}
 
@@ -262,12 +265,6 @@ def _names(part: type) -> list[str]:
 
 FLAT_NAMES = tuple(name for part in _PARTS.values() for name in _names(part))
 """The fields of all four parts, by which `replace`, `spell` and `parse` know them."""
-
-
-def _named() -> Mapping[str, Method]:
-    from . import NAMED  # the values are made of this class
-
-    return NAMED
 
 
 def _set(part: Any, name: str, value: Any) -> None:
@@ -296,9 +293,14 @@ def _value(text: str) -> Any:
 
 
 def _check_queries(name: str, value: Any, least: int) -> int | str:
-    if isinstance(value, str):
-        return check_choice(name, value, ("all",))
-    return check_integer(name, value, least)
+    return check_choice(name, value, ("all",)) if isinstance(value, str) else _check_tokens(name, value, least)
+
+
+def _check_tokens(name: str, value: Any, least: int) -> int:
+    number = check_integer(name, value, least)
+    if number > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}; it has {len(str(number))} digits")
+    return number
 
 
 def _check_recent(value: Any) -> int | float:
@@ -307,4 +309,4 @@ def _check_recent(value: Any) -> int | float:
         if not 0.0 < share < 1.0:
             raise ValueError(f"recent must be a number of tokens, 1 or more, or a share in (0, 1); got {value!r}")
         return share
-    return check_integer("recent", int(value) if isinstance(value, float) else value, 1)
+    return _check_tokens("recent", int(value) if isinstance(value, float) else value, 1)

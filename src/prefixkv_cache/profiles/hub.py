@@ -16,13 +16,7 @@ from .file import SUFFIX, ProfileError
 def find_profile(source: str | os.PathLike[str], filename: str, **kwargs: Any) -> Path:
     """The path of a profile: as it is, in a folder, or fetched from the hub into its local cache.
 
-    Args:
-        source: a file, a folder, or a repository's id.
-        filename: the profile's name in the folder or repository.
-        kwargs: for `huggingface_hub.hf_hub_download`.
-
-    Raises:
-        ProfileError: it is not there, or cannot be reached.
+    Arguments and errors are those of `PrefixProfile.from_pretrained`.
     """
     path = Path(source)
     if path.is_dir():
@@ -40,21 +34,10 @@ def find_profile(source: str | os.PathLike[str], filename: str, **kwargs: Any) -
 def upload_profile(
     content: bytes, repo_id: str, filename: str, *, private: bool | None = None, token: Any = None, **kwargs: Any
 ) -> str:
-    """Put a profile into a repository; a new one is made where there is none.
+    """Put a profile's content into a repository; a new one is made where there is none.
 
-    Args:
-        content: of the file.
-        repo_id: owner and name.
-        filename: of the profile in the repository.
-        private: visibility of a new repository; None: the owner's default.
-        token: for the hub; None: the one that this machine is logged in with.
-        kwargs: for `huggingface_hub.HfApi.upload_file`.
-
-    Returns:
-        The web address of the commit.
-
-    Raises:
-        ProfileError: the name is not one of a profile, or the hub refuses.
+    Arguments, result and errors are those of `PrefixProfile.push_to_hub`. A `private` of None is the owner's default, a
+    `token` of None the one that this machine is logged in with.
     """
     if not filename.endswith(SUFFIX):
         raise ProfileError(f"filename is {filename!r}; a profile's name ends in {SUFFIX}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..methods import DEFAULT, Method
+from ..methods.method import LONGEST_SPELLING
 from ..rules.checks import check_budget
 from .bundled import bundled_profiles, names_of_model
 from .file import (
@@ -78,8 +79,7 @@ class PrefixProfile:
         _check_keep(budgets, keep)
         self._budgets, self._keep = budgets, keep
         self._metadata = _complete_metadata({} if metadata is None else metadata, keep.shape[1], keep.shape[2])
-        self._method = _read_method(self._metadata["method"])
-        self._metadata["method"] = self._method.spell(full=True)
+        self._method, self._metadata["method"] = _read_method(self._metadata.get("method"))
         self._content = encode(budgets, keep, self._metadata)
 
     @property
@@ -326,8 +326,7 @@ def _complete_metadata(given: Mapping[str, str], n_layers: int, n_heads: int) ->
             raise ProfileError(f"metadata: {shown(key)} is {shown(value)}; {expected}")
     sizes = {"n_layers": str(n_layers), "n_heads": str(n_heads)}
     own = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "library_version": _library_version()}
-    described = {**dict.fromkeys(DESCRIPTIVE, _UNKNOWN), "method": DEFAULT.spell(full=True)}
-    metadata = {**described, **own, **sizes, **given}
+    metadata = {**dict.fromkeys(DESCRIPTIVE, _UNKNOWN), **own, **sizes, **given}
     check_format(metadata)
     for key, size in sizes.items():
         if metadata[key] != size:
@@ -337,11 +336,16 @@ def _complete_metadata(given: Mapping[str, str], n_layers: int, n_heads: int) ->
     return metadata
 
 
-def _read_method(spelling: str) -> Method:
+def _read_method(spelling: str | None) -> tuple[Method, str]:
+    """Return the method and its full spelling; the default without one."""
     try:
-        return Method.parse(Method.parse(spelling).spell(full=True))  # in full it may be too long
+        method = DEFAULT if spelling is None else Method.parse(spelling)
     except (TypeError, ValueError) as error:
         raise ProfileError(f"method: is no method ({shown(error)}); expected a method's spelling") from None
+    full = method.spell(full=True)
+    if len(full) > LONGEST_SPELLING:  # it could not be read back
+        raise ProfileError(f"method: is {shown(spelling)}; expected at most {LONGEST_SPELLING} characters in full")
+    return method, full
 
 
 def _read_measured(text: str) -> dict[str, Any]:

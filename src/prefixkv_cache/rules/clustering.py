@@ -11,65 +11,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-import torch
-from torch import Tensor
 
-
-def group_ratios(ratios: Tensor, most: int = 4) -> Tensor:
-    """Keep ratios of at most `most` different values, as near to those given as can be (least squares).
+def group_means(values: Sequence[float], groups: Sequence[Sequence[int]]) -> list[float]:
+    """Each head's value replaced by the mean of its group; equal values stay to the last bit.
 
     Args:
-        ratios: float64 [n_heads].
-        most: number of different values, at least 1.
-
-    Returns:
-        float64 [n_heads]: the mean of each head's cluster. Equal ratios share one; the order of the ratios stays.
+        values: one for each head.
+        groups: indices of the heads in each group, every head in one.
     """
-    given = tuple(ratios.tolist())
-    grouped = list(given)
-    for heads in cluster(given, most):
-        if len({given[head] for head in heads}) > 1:
-            mean = math.fsum(given[head] for head in heads) / len(heads)
+    means = list(values)
+    for heads in groups:
+        if len({values[head] for head in heads}) > 1:
+            mean = math.fsum(values[head] for head in heads) / len(heads)
             for head in heads:
-                grouped[head] = mean
-    return torch.tensor(grouped, dtype=torch.float64, device=ratios.device)
-
-
-def group_counts(
-    counts: Sequence[int], most: int = 4, *, least: int = 0, limit: int | None = None
-) -> tuple[list[int], int]:
-    """The same on whole numbers of pairs, whose total never becomes more.
-
-    Args:
-        counts: pairs of each head.
-        most: number of different counts, at least 1.
-        least: no head gets fewer (the total has to suffice for it).
-        limit: no head gets more. None: no limit.
-
-    Returns:
-        (counts of each head, pairs left over): fewer are left than the smallest group that is below the limit has
-        heads.
-    """
-    groups = cluster(tuple(counts), most)
-    sizes = [len(heads) for heads in groups]
-    shares = [sum(counts[head] for head in heads) / len(heads) for heads in groups]
-    limit = sum(counts) if limit is None else limit
-    lengths = [min(limit, max(least, int(share))) for share in shares]
-    left = sum(counts) - sum(size * length for size, length in zip(sizes, lengths, strict=True))
-    while left < 0 and max(lengths) > least:
-        longest = lengths.index(max(lengths))
-        lengths[longest] -= 1
-        left += sizes[longest]
-    while fitting := [at for at, size in enumerate(sizes) if size <= left and lengths[at] < limit]:
-        # The one that was rounded down most goes first; of equals the longest.
-        at = max(fitting, key=lambda each: (shares[each] - lengths[each], lengths[each]))
-        lengths[at] += 1
-        left -= sizes[at]
-    result = list(counts)
-    for heads, length in zip(groups, lengths, strict=True):
-        for head in heads:
-            result[head] = length
-    return result, left
+                means[head] = mean
+    return means
 
 
 @lru_cache(maxsize=1024)

@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
         choices=["mass", "reconstruction", "loss", "measured"],
-        default="mass",
-        help="mass: the paper's search; measured: all of them, of which the best on samples set aside is kept "
-        "(%(default)s)",
+        default="measured",
+        help="where lengths come from; mass: the paper's search; measured: all of them are tried, and the best on "
+        "samples set aside is kept (%(default)s)",
     )
     parser.add_argument("--unit", choices=["layer", "head"], default="layer", help="what has a length (%(default)s)")
     parser.add_argument("--samples", type=count, default=10, metavar="N", help="records, or 'all' (%(default)s)")

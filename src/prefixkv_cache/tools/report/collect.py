@@ -20,9 +20,10 @@ from transformers import DynamicCache
 from ...cache.architecture import PRUNABLE, cache_layers
 from ...cache.cache import PrefixKVCache
 from ...calibration.calibrate import describe_model
-from ...calibration.observe import observe
+from ...calibration.observe import ObservedCache, Scores, check_observed
 from ...methods import Method, Ranking
 from ...rules.checks import check_budget
+from ...rules.importance import DEFAULT_MAX_BYTES
 from ..answer import Answer, answer, kept_columns
 from ..loading import image_positions, prepare
 from .grid import ImageTokens, place_images
@@ -116,7 +117,7 @@ def collect_report(
         pictures: (name, picture), in order.
         budgets: fractions kept, in (0, 1], or numbers of pairs a head.
         max_new_tokens: of each answer.
-        say: told what is being done.
+        say: called with each step's name.
         options: further arguments of `PrefixKVCache.for_model`, such as `profile` and `method`.
 
     Raises:
@@ -125,29 +126,27 @@ def collect_report(
     """
     inputs = prepare(processor, [(prompt, [picture for _, picture in pictures])], model.device)
     ids = inputs["input_ids"][0].tolist()
-    ratios = {check_budget(budget): _ratio(budget, len(ids)) for budget in budgets}
-    if not ratios:
-        raise ValueError("there are no budgets to report on; give at least one")
+    ratios = _ratios(budgets, len(ids))
 
     say("observing the prompt's attention")
     cache = PrefixKVCache.for_model(model, **options)
     method, source = cache.method, cache.profile and cache.profile.metadata["model"]
-    attention = _attention(model, inputs, method)
+    attention = _attention(model, processor, inputs, method)
 
     say("answering with the full cache")
     full = answer(model, processor, inputs, DynamicCache(config=model.config), max_new_tokens)
     kinds = [kind for kind, _ in cache_layers(model.config)]
     layers = [index for index, kind in enumerate(kinds) if kind == PRUNABLE]
-    pruned = []
-    for budget in sorted(ratios, key=lambda each: ratios[each], reverse=True):
+
+    def ask(budget: float | int) -> Pruned:
         say(f"answering with budget {budget:g}")
         cache = PrefixKVCache.for_model(model, budget, inputs=inputs, **options)
         look = partial(_kept, cache, layers)
         said = answer(model, processor, inputs, cache, max_new_tokens, look=look)
         mass = [_mass(of_layer, kept) for of_layer, kept in zip(attention, said.looked, strict=True)]
-        agrees = _common_start(said.text, full.text)
-        pruned.append(Pruned(budget, ratios[budget], said.looked, mass, said, agrees))
+        return Pruned(budget, ratios[budget], said.looked, mass, said, _common_start(said.text, full.text))
 
+    pruned = [ask(budget) for budget in sorted(ratios, key=lambda each: ratios[each], reverse=True)]
     image_columns = image_positions(inputs, model.config)[0]
     return Report(
         model=describe_model(model)["model"],
@@ -164,23 +163,30 @@ def collect_report(
     )
 
 
-def _ratio(budget: float | int, n_tokens: int) -> float:
-    return min(budget / n_tokens, 1.0) if isinstance(budget, int) else budget
+def _ratios(budgets: Sequence[float | int], n_tokens: int) -> dict[float | int, float]:
+    """Budgets, each once, as fractions of a prompt of so many tokens."""
+    if not budgets:
+        raise ValueError("there are no budgets to report on; give at least one")
+    checked = [check_budget(budget) for budget in budgets]
+    return {budget: min(budget / n_tokens, 1.0) if isinstance(budget, int) else budget for budget in checked}
 
 
-def _attention(model: Any, inputs: Any, method: Method) -> Tensor:
+def _attention(model: Any, processor: Any, inputs: Any, method: Method) -> list[Tensor]:
     """Share of each head's attention that each key receives from the method's observation window.
 
     Returns:
-        float32 [n_prunable_layers, kv_heads, n_tokens].
+        float32 [kv_heads, n_tokens] for each prunable layer.
     """
-    window = Method(Ranking(queries=method.ranking.queries, heads="each"))
-    found, n_tokens = observe(model, inputs, method=window)[0], inputs["input_ids"].shape[1]
-    if found.shape[-1] != n_tokens:
+    cache, n_tokens = ObservedCache(model.config, stored=False), inputs["input_ids"].shape[1]
+    cache.observer = found = Scores(Method(Ranking(queries=method.ranking.queries, heads="each")), DEFAULT_MAX_BYTES)
+    answer(model, processor, inputs, cache, 1)  # one new token: the prompt's forward alone
+    check_observed(model, cache.prunable, found.of_layer)
+    of_layers = [found.of_layer[layer][0].cpu() for layer in cache.prunable]
+    if of_layers[0].shape[-1] != n_tokens:
         raise ValueError(
-            f"the model makes {found.shape[-1]} keys of a prompt of {n_tokens} tokens, so none can be pointed at"
+            f"the model makes {of_layers[0].shape[-1]} keys of a prompt of {n_tokens} tokens, so none can be pointed at"
         )
-    return found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return [each / each.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) for each in of_layers]
 
 
 def _kept(cache: PrefixKVCache, layers: Sequence[int]) -> list[list[list[int]]]:

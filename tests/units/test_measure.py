@@ -1,0 +1,301 @@
+"""Laws of measuring: masks cost what the cache costs, a second pass is its plain loops, proposals spend the budget."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import compat
+import models
+from oracle import feed, open_attention
+from prefixkv_cache import PrefixKVCache, PrefixProfile, methods
+from prefixkv_cache.cache.guards import image_mask_of
+from prefixkv_cache.calibration.measure import AnsweredPrompt, positions_behind
+from prefixkv_cache.calibration.plan import Plan, advantage, best
+from prefixkv_cache.calibration.propose import blend, loss_ratios, reconstruction_counts
+
+LENGTHS = (61, 44, 40)
+STAYING = {"distance": None, "headroom": 0, "evict": "fixed-point"}  # what leaves while decoding is not measured
+METHODS = {
+    "default": methods.DEFAULT,
+    "prefixkv": methods.PREFIXKV.replace(**STAYING),
+    "snapkv": methods.SNAPKV.replace(recent=4, queries=8),
+    "h2o": methods.H2O.replace(**STAYING),
+    "keydiff": methods.KEYDIFF.replace(**STAYING),
+    "floor": methods.DEFAULT.replace(floor=9),
+}
+
+
+def profile_of(model, method, by_head):
+    """Random keep ratios of every layer, or key head, that rise with the budget."""
+    heads = model.config.get_text_config().num_key_value_heads if by_head else 1
+    noise = torch.rand(
+        (len(models.prunable_layers(model)), heads), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    noise -= noise.mean()
+    keep = torch.stack([0.2 + 0.1 * noise, 0.5 + 0.3 * noise])
+    return PrefixProfile([0.2, 0.5], keep, {"method": method.spell(full=True)})
+
+
+def answered(family, inputs, method=methods.DEFAULT, attn="sdpa", tokens=6):
+    model = models.shared(family, attn)
+    return AnsweredPrompt(model, inputs, method, image=image_mask_of(inputs, model.config), answer_tokens=tokens)
+
+
+# Cost.
+
+
+def check_against_the_cache(prompt, inputs, by_head):
+    model, image = prompt.model, image_mask_of(inputs, prompt.model.config)
+    profile = profile_of(model, prompt.method, by_head)
+    full = feed(model, inputs, prompt.answer, None)[0][:, 1:].log_softmax(-1)
+    for budget in (0.2, 0.35):
+        cache = PrefixKVCache(profile, budget, config=model.config, image_mask=image)
+        pruned = feed(model, inputs, prompt.answer, cache)[0][:, 1:].log_softmax(-1)
+        divergence, agreement = prompt.cost(prompt.kept(profile, budget))
+        assert torch.allclose(divergence, (full.exp() * (full - pruned)).sum(-1).mean(1), atol=1e-9, rtol=1e-7)
+        assert torch.equal(agreement, (full.argmax(-1) == pruned.argmax(-1)).double().mean(1))
+        assert divergence.min() > 1e-5  # else nothing was pruned
+
+
+@pytest.mark.parametrize("by_head", [False, True], ids=["layer", "head"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl", "gemma3"])
+def test_masks_cost_what_the_cache_costs(family, method, by_head):
+    inputs = models.batch(family, LENGTHS)
+    check_against_the_cache(answered(family, inputs, METHODS[method]), inputs, by_head)
+
+
+@compat.needs_eager
+def test_eager_attention_too():
+    inputs = models.batch("llava_gqa", LENGTHS)
+    check_against_the_cache(answered("llava_gqa", inputs, attn="eager"), inputs, True)
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_a_single_query_sees_each_heads_own_pairs(tokens):
+    inputs = models.batch("llava_gqa", (61,))
+    check_against_the_cache(answered("llava_gqa", inputs, tokens=tokens), inputs, True)
+
+
+def test_the_answer_is_the_models_own_and_ends_where_it_ends():
+    inputs = models.batch("llava_gqa", LENGTHS)
+    model = models.build("llava_gqa", "sdpa")
+    long = AnsweredPrompt(model, inputs, methods.DEFAULT, answer_tokens=12)
+    assert torch.equal(long.answer, model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, LENGTHS[0] :])
+    assert long.n_tokens == list(LENGTHS)
+    end = long.answer[1, 4].item()
+    ends = [[*(row == end).nonzero().flatten().tolist(), 99] for row in long.answer]
+    model.generation_config.eos_token_id = end
+    short = AnsweredPrompt(model, inputs, methods.DEFAULT, answer_tokens=12)
+    # The first token comes from the prompt's forward, so it is not counted; the one that ends the answer is.
+    assert short._counting.sum(1).tolist() == [min(next(at for at in row if at > 0), 11) for row in ends]
+    alone = AnsweredPrompt(model, models.alone("llava_gqa", LENGTHS, 1), methods.DEFAULT, answer_tokens=12)
+    kept = short.kept(profile_of(model, methods.DEFAULT, True), 0.2)
+    own = alone.kept(profile_of(model, methods.DEFAULT, True), 0.2)
+    for together, by_itself in zip(short.cost(kept), alone.cost(own), strict=True):
+        assert together[1].item() == pytest.approx(by_itself[0].item(), rel=1e-9, abs=1e-12)
+
+
+def test_nothing_pruned_costs_nothing_and_nothing_is_left_behind():
+    prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
+    assert [each.tolist() for each in prompt.cost({})] == [[0.0] * 3, [1.0] * 3]
+    everything = {layer: torch.ones_like(mask) for layer, mask in prompt.kept(uniform(0.5), 0.5).items()}
+    assert prompt.cost(everything)[0].max() < 1e-12
+    before = prompt.cost(prompt.kept(uniform(0.5), 0.5))[0]
+    prompt.reconstruction()
+    assert torch.equal(prompt.cost(prompt.kept(uniform(0.5), 0.5))[0], before)
+
+
+def uniform(budget, n_layers=6):
+    return PrefixProfile([budget], [[budget] * n_layers])
+
+
+def test_losses_are_the_costs_of_single_layers_and_heads():
+    prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
+    ratios = (0.1, 0.5)
+    by_layer, by_head = (torch.stack(prompt.losses(ratios, unit)) for unit in ("layer", "head"))
+    assert by_layer.shape == (3, 2, 6, 1) and by_head.shape == (3, 2, 6, 2)
+    for at, ratio in enumerate(ratios):
+        for layer in range(6):
+            keep = torch.ones(6, 2, dtype=torch.float64)
+            keep[layer] = ratio
+            kept = prompt.kept(PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
+            assert torch.allclose(prompt.cost(kept)[0], by_layer[:, at, layer, 0])
+            keep[layer, 0] = 1.0
+            kept = prompt.kept(PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
+            assert torch.allclose(prompt.cost(kept)[0], by_head[:, at, layer, 1])
+
+
+# Reconstruction.
+
+
+def slow_reconstruction(model, inputs):
+    """[layer][key head][key]: the largest attention from the prompt's second copy, from a plain softmax in one pass."""
+    prompt, weights = {}, {}
+    decoder = model.model.language_model
+
+    def note(_, args, kwargs):
+        prompt.update(kwargs)
+
+    handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    model(**inputs, use_cache=False)
+    handle.remove()
+    n = prompt["inputs_embeds"].shape[1]
+    positions = prompt.get("position_ids")
+    positions = torch.arange(n)[None] if positions is None else positions
+    second = positions + positions[-3:].max() + 1 if positions.ndim == 3 else positions + n
+    model.set_attn_implementation("oracle")
+    for layer, module in enumerate(models.attention_modules(model)):
+        module.register_forward_hook(lambda _, args, output, layer=layer: weights.update({layer: output[1]}))
+    decoder(
+        inputs_embeds=torch.cat([prompt["inputs_embeds"]] * 2, 1),
+        position_ids=torch.cat([positions, second], -1),
+        use_cache=False,
+    )
+    found = []
+    for layer in models.prunable_layers(model):
+        heads = weights[layer][0].tolist()
+        group = len(heads) // 2
+        found.append(
+            [
+                [
+                    max(head[query][key] for head in heads[at : at + group] for query in range(n, 2 * n))
+                    for key in range(n)
+                ]
+                for at in range(0, len(heads), group)
+            ]
+        )
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl"])
+def test_reconstruction_is_the_largest_attention_from_a_second_copy(family):
+    assert open_attention  # "oracle" is registered with transformers
+    inputs = models.alone(family, LENGTHS, 2)
+    found = answered(family, inputs).reconstruction()
+    slow = slow_reconstruction(models.build(family, "eager" if compat.SEES_EAGER else "sdpa"), inputs)
+    assert len(found) == 1 and (found[0] - slow).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("max_bytes", [1, 2**26])
+def test_reconstruction_of_a_batch_is_that_of_its_rows(family, max_bytes):
+    inputs = models.batch(family, LENGTHS)
+    prompt = answered(family, inputs)
+    prompt.max_bytes = max_bytes
+    for index, row in enumerate(prompt.reconstruction()):
+        alone = answered(family, models.alone(family, LENGTHS, index)).reconstruction()[0]
+        assert row.shape == alone.shape and (row - alone).abs().max() < 1e-5
+
+
+def test_positions_of_the_second_copy():
+    plain = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    assert positions_behind(plain).tolist() == [[4, 4, 3, 4, 5], [5, 6, 7, 8, 9]]
+    axes = torch.tensor([[[0, 1, 1, 2]], [[0, 1, 2, 3]], [[0, 1, 5, 2]]])
+    assert (positions_behind(axes) == axes + 6).all()
+    with_text = torch.cat([torch.tensor([[[0, 1, 2, 3]]]), axes])
+    moved = positions_behind(with_text)
+    assert moved[0].tolist() == [[4, 5, 6, 7]] and torch.equal(moved[1:], axes + 6)
+
+
+# Proposals.
+
+RATIOS = (0.1, 0.3, 0.6)
+TABLES = st.lists(st.lists(st.floats(0, 4), min_size=3, max_size=3), min_size=1, max_size=5)
+
+
+def slow_greedy(table, budget, ratios=RATIOS, grain=1000):
+    """The cost that is left when thousandths of a unit are handed out, each where it saves most. [unit][ratio]"""
+    points = [[*zip(ratios, costs, strict=True), (1.0, 0.0)] for costs in table]
+
+    def hull(unit, x):
+        """The lowest chord at x."""
+        chords = [
+            y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+            for x0, y0 in points[unit]
+            for x1, y1 in points[unit]
+            if x0 <= x + 1e-12 and x <= x1 + 1e-12 and x0 < x1
+        ]
+        return min(chords)
+
+    kept = [round(ratios[0] * grain)] * len(table)
+    for _ in range(round(budget * grain * len(table)) - sum(kept)):
+        saved = [
+            hull(unit, at / grain) - hull(unit, (at + 1) / grain) if at < grain else -1.0
+            for unit, at in enumerate(kept)
+        ]
+        kept[saved.index(max(saved))] += 1
+    return sum(hull(unit, at / grain) for unit, at in enumerate(kept)), hull
+
+
+@settings(max_examples=15, deadline=None)
+@given(TABLES, st.sampled_from([0.15, 0.4, 0.7]))
+def test_loss_is_the_greedy_on_hulls(costs, budget):
+    keep = loss_ratios(torch.tensor(costs, dtype=torch.float64).T[:, :, None], [budget], RATIOS)[0, :, 0].tolist()
+    least, hull = slow_greedy(costs, budget)
+    assert sum(hull(unit, ratio) for unit, ratio in enumerate(keep)) <= least + 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(TABLES, st.floats(0, 1))
+def test_proposals_by_loss_spend_the_budget_and_are_nested(costs, strength):
+    budgets = [0.05, 0.1, 0.2, 0.5, 0.9, 1.0]
+    keep = loss_ratios(torch.tensor(costs, dtype=torch.float64).T[:, :, None], budgets, RATIOS)
+    for proposal in (keep, blend(keep, budgets, strength)):
+        assert torch.allclose(proposal.mean((1, 2)), torch.tensor(budgets, dtype=torch.float64))
+        assert proposal.min() >= 0 and proposal.max() <= 1 and proposal.diff(dim=0).min() > -1e-9
+    assert torch.allclose(blend(keep, budgets, 1.0), torch.tensor(budgets, dtype=torch.float64).view(-1, 1, 1))
+
+
+def test_units_that_cost_the_same_get_the_same():
+    keep = loss_ratios(torch.tensor([[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]])[:, :, None], [0.2, 0.45, 0.8], RATIOS)
+    assert torch.allclose(keep[:, 0], keep[:, 1])
+
+
+def test_reconstruction_counts_are_one_pool():
+    scores = torch.rand(3, 2, 20, generator=torch.Generator().manual_seed(0))
+    counts = reconstruction_counts(scores, [0.2, 0.5], 1, "head")
+    for row, budget in zip(counts, [0.2, 0.5], strict=True):
+        best_two = [head[sorted(range(20), key=lambda key: -head[key])[:2]].min() for of in scores for head in of]
+        pool = sorted((value for of in scores for head in of for value in head.tolist()), reverse=True)
+        assert row.sum() == budget * scores.numel()
+        assert row.min() >= 2
+        if min(best_two) >= pool[round(budget * 120) - 1]:  # nobody needed a floor
+            assert torch.equal(row, (scores >= pool[round(budget * 120) - 1]).sum(-1).double())
+    by_layer = reconstruction_counts(scores, [0.2, 0.5], 1, "layer")
+    assert torch.equal(by_layer, counts.mean(2, keepdim=True))
+
+
+# The choice.
+
+
+def test_the_best_is_the_one_that_diverges_least_against_uniform_lengths():
+    costs = {
+        "uniform": [(0.5, 0.9), (0.1, 0.95)],
+        "loss/layer": [(0.3, 0.9), (0.09, 0.95)],
+        "reconstruction/head": [(0.4, 0.9), (0.01, 0.99)],
+        "mass/layer": [(0.9, 0.5), (0.3, 0.8)],
+    }
+    assert best(costs) == "reconstruction/head"
+    assert advantage(costs, "uniform") == 0 < advantage(costs, "mass/layer")
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"by": "measured"}, "mass/layer reconstruction/layer loss/layer"),
+        (
+            {"by": "measured", "unit": "head"},
+            "mass/layer mass/head reconstruction/layer reconstruction/head loss/layer loss/head",
+        ),
+        (
+            {"by": "measured", "unit": "head", "method": methods.PREFIXKV},
+            "mass/layer reconstruction/layer reconstruction/head loss/layer loss/head",
+        ),
+        ({"by": "measured", "method": methods.KEYDIFF}, "reconstruction/layer loss/layer"),
+        ({"by": "loss", "unit": "head"}, "loss/head"),
+    ],
+)
+def test_what_is_proposed(options, names):
+    assert Plan(**options).proposals == tuple(names.split())
