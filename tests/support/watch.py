@@ -156,13 +156,18 @@ def pairs_of(*things):
     return [tensor for tensor in tensors if tensor.ndim == 4 and tensor.is_floating_point()]
 
 
+def memory_of(*things):
+    """Bytes of all these keys and values, each memory once."""
+    storages = [tensor.untyped_storage() for tensor in pairs_of(*things)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def bytes_of_pairs(cache, prunable):
-    """What keys and values take: of pruned layers all that can be reached, each memory once; of other layers what they
-    show, which may be a part of what transformers holds."""
-    pruned = [tensor.untyped_storage() for tensor in pairs_of(*(cache.layers[at] for at in prunable))]
+    """What keys and values take: of pruned layers all that can be reached, of other layers what they show, which may be
+    a part of what transformers holds."""
     others = [layer for at, layer in enumerate(cache.layers) if at not in prunable and layer.keys is not None]
-    taken = {storage.data_ptr(): storage.nbytes() for storage in pruned}
-    return sum(taken.values()) + sum(layer.keys.nbytes + layer.values.nbytes for layer in others)
+    pruned = memory_of(*(cache.layers[at] for at in prunable))
+    return pruned + sum(layer.keys.nbytes + layer.values.nbytes for layer in others)
 
 
 def talk(model, case, cache, watch=lambda: None, row=None):

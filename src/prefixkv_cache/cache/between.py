@@ -12,7 +12,7 @@ from .compat import crops_to_nothing
 class BetweenForwards(Cache):
     """Operations that begin by pruning what still waits for its length."""
 
-    image_mask: Tensor | None
+    _image_mask: Tensor | None
 
     def _settle(self, layer_idx: int | None = None) -> None:
         raise NotImplementedError
@@ -40,8 +40,8 @@ class BetweenForwards(Cache):
         before = int(self.get_seq_length())
         super().crop(tokens_to_remove)
         left = int(self.get_seq_length())
-        if self.image_mask is not None and left < before:  # other tokens may come where these were
-            self.image_mask = self.image_mask[:, :left]
+        if self._image_mask is not None and left < before:  # other tokens may come where these were
+            self._image_mask = self._image_mask[:, :left]
 
     def activate_past_recording(self) -> None:
         """Refused: what a decode step has overwritten cannot be put back, as assisted decoding would ask for.

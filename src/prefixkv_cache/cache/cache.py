@@ -176,12 +176,11 @@ class PrefixKVCache(BetweenForwards, WholeLayers, Cache):
 
     def __repr__(self) -> str:
         seen = int(self.get_seq_length())
-        stored = [length for length in self.stored_lengths() if length]
-        mean = round(sum(stored) / len(stored)) if stored else 0
+        stored = [length for length in self.stored_lengths() if length] or [0]
         profile = "None" if self.profile is None else repr(self.profile.metadata.get("model", "unknown"))
         return (
             f"PrefixKVCache(profile={profile}, budget={self.budget!r}, method={self.method.spell()!r}, seen={seen}, "
-            f"stored={mean} a head, bytes={self.nbytes})"
+            f"stored={round(sum(stored) / len(stored))} a head, bytes={self.nbytes})"
         )
 
     # What transformers calls.

@@ -115,10 +115,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def stored_by_head(self) -> list[int]:
         """Pairs that each key head holds, by its longest row; a prompt that is not pruned yet counts whole."""
-        _ = self.seen
-        if self.prompt is None:
-            return self.stored.by_head()
-        return [stored + self.prompt.n_new for stored in self.stored.by_head() or [0] * self.n_heads]
+        _, waiting = self.seen, 0 if self.prompt is None else self.prompt.n_new
+        return [stored + waiting for stored in self.stored.by_head() or [0] * self.n_heads]
 
     @property
     def nbytes(self) -> int:
@@ -174,8 +172,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        n_new = key_states.shape[2]
-        if n_new == 0:
+        if (n_new := key_states.shape[2]) == 0:
             raise ValueError("the prompt has no tokens; a cache layer needs at least one")
         if self.segments:
             self._check(key_states)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..rules.lengths import dithered_count, pool_counts, prompt_count, pyramid_r
 from ..rules.threshold import search_threshold
 from .prompt import Prompt
 
+T = TypeVar("T")
 MOST_SEGMENTS = 4
 """Different lengths that the key heads of one layer may have."""
 _GROUPING_BUDGET = 0.2
@@ -121,7 +122,7 @@ class RatioLengths:
         return [self._share(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
 
     def _share(self, prompt: Prompt, place: int) -> Share:
-        ratios = [self._own_heads(self._at(self.table(n), place), prompt) for n in prompt.lengths]
+        ratios = [own_heads(self._at(self.table(n), place), prompt, self._source) for n in prompt.lengths]
         counts = [
             [self.count(ratio, n, place, self._sink) for ratio in row]
             for row, n in zip(ratios, prompt.lengths, strict=True)
@@ -130,18 +131,6 @@ class RatioLengths:
 
     def _at(self, table: list[list[float]], place: int) -> list[float]:
         return table[place] if len(table) > 1 or place < len(table) else table[0]
-
-    def _own_heads(self, ratios: list[float], prompt: Prompt) -> list[float]:
-        """The ratios of the heads that this rank holds."""
-        n_heads = prompt.keys.shape[1]
-        if len(ratios) in (1, n_heads):
-            return ratios
-        if len(ratios) == n_heads * prompt.ranks.count > n_heads:
-            return ratios[n_heads * prompt.ranks.place : n_heads * (prompt.ranks.place + 1)]
-        raise ProfileError(
-            f"{self._source} has lengths for {len(ratios)} key heads, but this model has {n_heads}; "
-            "take the profile of this model, or none: PrefixKVCache(budget=...)"
-        )
 
     def count(self, ratio: float, n_tokens: int, place: int, sink: int = 0) -> int:
         """Pairs of a row of so many tokens."""
@@ -188,8 +177,8 @@ class ScoredLengths:
             for row, n in enumerate(first.lengths)
         ]
         return [
-            Share(*([each[layer] for each in column] for column in zip(*by_row, strict=True)))
-            for layer in range(len(prompts))
+            Share(*([own_heads(each[layer], prompt) for each in column] for column in zip(*by_row, strict=True)))
+            for layer, prompt in enumerate(prompts)
         ]
 
     def _of_row(self, scores: list[Tensor], n_tokens: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -220,10 +209,27 @@ class ScoredLengths:
         # less. A group's heads get its mean, rounded down; a layer leaves fewer pairs over than it has heads.
         reference = pool_counts(pool, round(_GROUPING_BUDGET * n_heads * n_tokens), least).tolist()
         counts = pool_counts(pool, total, least).tolist()
-        groups = [cluster(tuple(of_layer), MOST_SEGMENTS) for of_layer in reference]
+        groups = [_groups(of_layer) for of_layer in reference]
         return [
             [int(mean) for mean in group_means(of_layer, own)] for of_layer, own in zip(counts, groups, strict=True)
         ]
+
+
+def own_heads(of_heads: list[T], prompt: Prompt, source: str = "the pool") -> list[T]:
+    """What concerns the key heads that this rank holds: all of them, without tensor parallelism.
+
+    Raises:
+        ProfileError: it is for another number of key heads.
+    """
+    n_heads, ranks = prompt.keys.shape[1], prompt.ranks
+    if len(of_heads) in (1, n_heads):
+        return of_heads
+    if len(of_heads) == n_heads * ranks.count:
+        return of_heads[n_heads * ranks.place : n_heads * (ranks.place + 1)]
+    raise ProfileError(
+        f"{source} has lengths for {len(of_heads)} key heads, but this model has {n_heads}; "
+        "take the profile of this model, or none: PrefixKVCache(budget=...)"
+    )
 
 
 def fraction_of(budget: float | int, n_tokens: int) -> float:
@@ -259,6 +265,12 @@ def length_source(
     )
 
 
+def _groups(of_heads: Sequence[float]) -> Sequence[Sequence[int]]:
+    """Heads that get one length, by what they keep otherwise; each its own where there are few."""
+    few = len(of_heads) <= MOST_SEGMENTS
+    return [(head,) for head in range(len(of_heads))] if few else cluster(tuple(of_heads), MOST_SEGMENTS)
+
+
 def _shape_ratios(n_layers: int, steepness: float, fraction: float) -> list[list[float]]:
     return [[ratio] for ratio in pyramid_ratios(fraction, n_layers, steepness)]
 
@@ -272,7 +284,7 @@ class _ProfileRatios:
 
     def __init__(self, profile: PrefixProfile):
         self._profile = profile
-        self._groups = [cluster(tuple(of_layer), MOST_SEGMENTS) for of_layer in profile.keep.mean(0).tolist()]
+        self._groups = [_groups(of_layer) for of_layer in profile.keep.mean(0).tolist()]
 
     def __call__(self, fraction: float) -> list[list[float]]:
         ratios = self._profile.keep_ratios(fraction).tolist()

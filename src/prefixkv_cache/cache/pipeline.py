@@ -52,9 +52,9 @@ def prune_after_attention(
         sink = 0 if layer.pruned_before else method.protect.sink  # the sink is the first prompt's
         groups = [shown.group for shown in prompt.shown] or [None]
         scores = score_calls(calls, groups, method, prompt.n_new, prompt.valid, sink, max_bytes)
-        if source.waits:
-            prompt.scores_of_all = prompt.ranks.gather(scores)
         prompt.scores = _agreed(scores, method.ranking.heads, prompt)
+        if source.waits:
+            prompt.scores_of_all = prompt.ranks.gather(scores) if method.ranking.heads == "each" else prompt.scores
         if layer.rule.counts_received:
             _count_for_old_pairs(layer, calls, prompt, max_bytes)
     prompt.attended = True

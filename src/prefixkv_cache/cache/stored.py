@@ -46,7 +46,7 @@ class StoredPairs:
         return [tensor for s in self.segments if s.pairs for tensor in (s.pairs.keys, s.pairs.values)]
 
     def joined(self, name: str, fill: int = 0) -> Tensor:
-        """`keys`, `values` or `positions` of all heads, [batch, heads, longest, ...]: a copy if there are many segments.
+        """`keys`, `values` or `positions` of all heads, [batch, heads, longest, ...]; copied if need be.
 
         Args:
             name: of the segments' attribute.

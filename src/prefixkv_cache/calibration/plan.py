@@ -105,10 +105,17 @@ class Plan:
         return self.is_measured and index % 3 == 1
 
     def keep(self, name: str, rows: Sequence[Row]) -> Tensor:
-        """The keep ratios of one proposal: float64 [n_budgets, n_layers, n_heads], the mean over the samples."""
+        """The keep ratios of one proposal: float64 [n_budgets, n_layers, n_heads], the mean over the samples.
+
+        Raises:
+            ValueError: a budget is too small for prompts this short.
+        """
+        tables, lengths = [row["tables"][name] for row in rows], [row["n_tokens"] for row in rows]
         if name.startswith("loss"):
-            return loss_ratios(_mean([row["tables"][name] for row in rows]), self.budgets)
-        return _mean([row["tables"][name] for row in rows], [row["n_tokens"] for row in rows])
+            return loss_ratios(_mean(tables), self.budgets)
+        keep = _mean(tables, lengths)
+        self._check_means(keep, lengths)
+        return keep
 
     def candidates(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """All that is measured: keep ratios by name, uniform lengths first. A table that a row lacks is left out."""
@@ -117,6 +124,16 @@ class Plan:
         for name in names:
             found.update(blends(name, self.keep(name, rows), self.budgets))
         return found
+
+    def _check_means(self, keep: Tensor, lengths: Sequence[int]) -> None:
+        for budget, mean in zip(self.budgets, keep.mean((1, 2)).tolist(), strict=True):
+            if abs(mean - budget) > MAX_MEAN_ERROR:
+                least = math.fsum(min(self.sink + 1, n) / n for n in lengths) / len(lengths)
+                raise ValueError(
+                    f"budget {budget:g} cannot be calibrated on prompts of {min(lengths)} to {max(lengths)} tokens: it "
+                    f"comes out as {mean:.4g}, since lengths are whole numbers and each layer keeps at least "
+                    f"{self.sink + 1} tokens, here {least:.4g} of them. Leave this budget out, or take longer prompts"
+                )
 
 
 def _check_fraction(budget: Any) -> float:
@@ -192,7 +209,6 @@ def make_profile(
         name = plan.proposals[0]
         keep = plan.keep(name, rows)
         more.update(_spread(plan, name, rows))
-    _check_means(plan, keep, rows)
     lengths = [row["n_tokens"] for row in rows]
     described = {
         "method": plan.method.spell(full=True),
@@ -217,18 +233,6 @@ def _spread(plan: Plan, name: str, rows: Sequence[Row]) -> dict[str, str]:
     squares = _mean([((each - means) ** 2).tolist() for each in ratios]) * len(rows) / (len(rows) - 1)
     values = [[round(math.sqrt(value), 4) for value in row] for row in squares.tolist()]
     return {"spread": json.dumps(values, separators=(",", ":"))}
-
-
-def _check_means(plan: Plan, keep: Tensor, rows: Sequence[Row]) -> None:
-    lengths = [row["n_tokens"] for row in rows]
-    for budget, mean in zip(plan.budgets, keep.mean((1, 2)).tolist(), strict=True):
-        if abs(mean - budget) > MAX_MEAN_ERROR:
-            least = math.fsum(min(plan.sink + 1, n) / n for n in lengths) / len(lengths)
-            raise ValueError(
-                f"budget {budget:g} cannot be calibrated on prompts of {min(lengths)} to {max(lengths)} tokens: it "
-                f"comes out as {mean:.4g}, since lengths are whole numbers and each layer keeps at least "
-                f"{plan.sink + 1} tokens, here {least:.4g} of them. Leave this budget out, or take longer prompts"
-            )
 
 
 def table(costs: Costs, budgets: Sequence[float]) -> Iterable[str]:

@@ -43,6 +43,8 @@ def load_model(
     Raises:
         LoadError: there is no such model, it is not of this kind, or some of its weights are not there.
     """
+    if not os.path.isdir(name) and name.count("/") != 1:
+        raise LoadError(f"cannot load {name!r}: there is no such folder, and an id on the hub reads owner/name")
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
