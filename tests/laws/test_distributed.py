@@ -55,7 +55,7 @@ def generate(folder, way, **options):
         cache = PrefixKVCache(make_profile(LAYERS, kv_heads, method), 0.4, config=model.config)
     else:
         cache = PrefixKVCache(None, 0.4, method=method, config=model.config)
-    profiles = [calibrate(model, samples, method=Method.parse(method), budgets=[0.4, 1.0], unit="layer").keep]
+    profiles = [calibrate(model, samples, method=Method.parse(method), budgets=[0.4, 1.0], by="mass").keep]
     output = model.generate(
         input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False,
         return_dict_in_generate=True, output_logits=True, eos_token_id=None, pad_token_id=0,

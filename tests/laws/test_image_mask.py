@@ -117,8 +117,7 @@ def test_laws_2_and_3(family, layout):
     logits = conversation(model, family, layout, watch.cache, watch)
     assert torch.equal(watch.cache.image_mask, image_of(inputs))
 
-    keep = (lambda budget: profile.keep_ratios(budget).tolist()) if profile else None
-    rule = Rule(Method.parse(method), BUDGET, keep=keep, image=positions(image_of(inputs)))
+    rule = Rule(Method.parse(method), BUDGET, profile=profile, image=positions(image_of(inputs)))
     oracle = Oracle(model, rule)
     wanted = conversation(oracle.model, family, layout, oracle.cache)
     assert watch.kept == rule.log

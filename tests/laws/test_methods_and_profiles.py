@@ -83,7 +83,7 @@ def test_law_9_what_was_measured_is_what_is_kept(method, family):
     """A profile of one sample holds the lengths that its method's own search finds on that prompt. So the cache keeps
     what the search would have kept; calibrating with any other ranking would give other lengths."""
     searched = Case(f"{method};lengths=search", family, lengths=(61,), turns=(1,))
-    profile = calibrate(searched.model, [searched.prompt()], method=method, budgets=(0.4, 1.0))
+    profile = calibrate(searched.model, [searched.prompt()], method=method, budgets=(0.4, 1.0), by="mass")
     assert profile.method == Method.parse(method)
     *_, rule = follow(searched)
     wanted = [[len(heads[0]) / 61 for heads in rows] for rows in rule.log[0].values()]

@@ -20,11 +20,8 @@ each_family = pytest.mark.parametrize("family", [*FAMILIES, models.EIGHT_HEADS])
 @each_family
 def test_with_nothing_hidden_it_is_the_model(family, lengths):
     """In two turns; and a padded row is the row alone, or law 3 could not hold for any cache."""
-    model, oracle, full = (
-        models.shared(family),
-        Oracle(models.shared(family)),
-        DynamicCache(config=models.weights(family).config),
-    )
+    model, full = models.shared(family), DynamicCache(config=models.weights(family).config)
+    oracle = Oracle(model)
     inputs, tokens = models.batch(family, lengths), models.words(len(lengths), 6)
     expected, _ = feed(model, inputs, tokens, full)
     actual, sequences = feed(oracle.model, inputs, tokens, oracle.cache)

@@ -41,12 +41,15 @@ class Setup:
             num_key_value_heads=self.kv_heads, head_dim=self.head_dim, intermediate_size=8, vocab_size=8,
         )  # fmt: skip
 
+    @property
+    def profile(self):
+        if self.keep is not None:
+            return PrefixProfile([self.budget], [self.keep], {"method": self.method.spell(full=True)})
+        return None
+
     def cache(self):
-        config = self.config() if self.told == "caller" else None
-        if self.keep is None:
-            return PrefixKVCache(None, self.budget, method=self.method, config=config)
-        metadata = {"method": self.method.spell(full=True)}
-        return PrefixKVCache(PrefixProfile([self.budget], [self.keep], metadata), self.budget, config=config)
+        config, method = self.config() if self.told == "caller" else None, None if self.keep else self.method
+        return PrefixKVCache(self.profile, self.budget, method=method, config=config)
 
     @property
     def searched(self):
@@ -97,8 +100,7 @@ class Naive:
 
     def __init__(self, setup):
         self.setup = setup
-        keep = None if setup.keep is None else lambda budget: [list(heads) for heads in setup.keep]
-        self.rule = Rule(setup.method, setup.budget, keep=keep)
+        self.rule = Rule(setup.method, setup.budget, profile=setup.profile)
         self.clear()
 
     def clear(self):

@@ -120,18 +120,18 @@ class Head:
 class Rule:
     """What a `Method` keeps.
 
-    budget: a ratio, or an integer: pairs a head. keep: the profile, as a function of a ratio: [layer][head], or one
-    ratio a layer. image: row -> positions of image tokens. prompts: what a cache kept after each forward pass that was
-    a prompt, for methods whose choice is theirs (random keys), or only its number (a pool, cut to few lengths a layer).
+    budget: a ratio, or an integer: pairs a head. profile: None, or what has `keep` [budgets, layers, heads or 1] and
+    gives `keep_ratios(budget)`. image: row -> positions of image tokens. prompts: what a cache kept after each forward
+    pass that was a prompt, for scores that are taken as given: random ones, and those that the oracle does not know.
     """
 
-    def __init__(self, method, budget, *, keep=None, image=None, prompts=None):
-        self.method, self.budget, self.keep, self.image = method, budget, keep, image
+    def __init__(self, method, budget, *, profile=None, image=None, prompts=None):
+        self.method, self.budget, self.profile, self.image = method, budget, profile, image
         self.prompts = iter(prompts or ())
+        self.given = method.ranking.score not in ("attention", "recency", "key-difference")
         self.heads = None  # layer -> row -> [Head]
         self.steps = 0  # since the last prompt
         self.log = []  # forward pass -> layer -> row -> head -> positions
-        self.pools = []  # row -> [layer][head]: what one pool gives before layers are cut to few lengths
 
     def _all(self):
         for layer, rows in self.heads.items():
@@ -244,7 +244,7 @@ class Rule:
         values = pairs.values[row].double()
         if ranking.score == "recency":
             scores = [[float(position) for position in new] for _ in heads]
-        elif ranking.score == "random":
+        elif self.given:
             scores = [[0.0] * len(new) for _ in heads]
         elif ranking.score == "key-difference":
             scores = [rules.differences_from_mean(pairs.keys[row, head, new].tolist()) for head in heads]
@@ -264,26 +264,26 @@ class Rule:
         budget = min(1, self.budget / n) if isinstance(self.budget, int) else self.budget
         least, n_heads = protect.sink + 1, {layer: len(scores[layer]) for layer in layers}
         ratios = {layer: [budget] * n_heads[layer] for layer in layers}
-        if self.keep is not None:
-            for layer, keep in zip(layers, self.keep(budget), strict=True):
-                keep = keep if isinstance(keep, list) else [keep]
-                ratios[layer] = rules.grouped(keep * (n_heads[layer] // len(keep)))
+        if self.profile is not None:
+            groups, of_layers = self.profile.keep.mean(0).tolist(), self.profile.keep_ratios(budget).tolist()
+            for layer, keep, by in zip(layers, of_layers, groups, strict=True):
+                ratios[layer] = rules.grouped(keep, by) * (n_heads[layer] // len(keep))
         elif lengths.lengths == "pyramid":
             for layer, ratio in zip(layers, rules.pyramid(budget, len(layers)), strict=True):
                 ratios[layer] = [ratio] * n_heads[layer]
         if lengths.floor:
             flat = iter(rules.raised([each for layer in layers for each in ratios[layer]], lengths.floor / n))
             ratios = {layer: [next(flat) for _ in ratios[layer]] for layer in layers}
-        if self.keep is not None or budget == 1:
+        if self.profile is not None or budget == 1:
             counts = {layer: [rules.prompt_count(n, ratio, least - 1) for ratio in ratios[layer]] for layer in layers}
         elif lengths.lengths in ("search", "pool"):
-            if lengths.lengths == "search":
+            if self.given:
+                counts = {layer: [len(head) for head in given[layer][row]] for layer in layers}
+            elif lengths.lengths == "search":
                 found = rules.search([rules.mean_over_heads(scores[layer]) for layer in layers], budget, protect.sink)
                 counts = {layer: [count] * n_heads[layer] for layer, count in zip(layers, found, strict=True)}
             else:
-                total = round(budget * n * sum(n_heads.values()))
-                self.pools.append(rules.pool_of_all(list(scores.values()), total, max(least, lengths.floor)))
-                counts = {layer: [len(head) for head in given[layer][row]] for layer in layers}
+                counts = dict(zip(layers, self._pool(list(scores.values()), n, budget), strict=True))
             if round(budget * len(layers) * n) >= least * len(layers):  # else nothing was found out
                 ratios = {layer: [count / n for count in counts[layer]] for layer in layers}
         else:
@@ -296,9 +296,15 @@ class Rule:
                 head.ratio = ratio
         return counts
 
+    def _pool(self, scores, n, budget):
+        """[layer][head] from one pool; heads are grouped by what a fifth of the pairs would give them."""
+        n_heads, least = sum(map(len, scores)), max(self.method.protect.sink + 1, self.method.lengths.floor)
+        wanted, at_a_fifth = (rules.pool_of_all(scores, round(each * n * n_heads), least) for each in (budget, 0.2))
+        return [[int(x) for x in rules.grouped(*of_layer)] for of_layer in zip(wanted, at_a_fifth, strict=True)]
+
     def _later_counts(self, n, row):
         """The same ratios over the new tokens, and half of the headroom beyond that where an answer has come before."""
-        shaped = self.keep is None and self.method.lengths.lengths in ("uniform", "pyramid")
+        shaped = self.profile is None and self.method.lengths.lengths in ("uniform", "pyramid")
         evict, headroom = self.method.decode.evict, self.method.decode.headroom
         allowance = headroom // 2 if self.steps > 0 and evict != "least-important" else 0
         counts = {}
@@ -323,7 +329,7 @@ class Rule:
         for at, (head, count) in enumerate(zip(self.heads[layer][row], counts, strict=True)):
             recent = round(protect.recent * count) if protect.recent < 1 else protect.recent
             chosen = [new[index] for index in rules.select(scores[at], count, sink, recent, named)] if new else []
-            if self.method.ranking.score == "random":
+            if self.given:
                 chosen = [position for position in given[layer][row][at] if position in new]
                 assert len(chosen) == count and set(new[:sink] + new[-1:]) <= set(chosen)
             if protect.merge:

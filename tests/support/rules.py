@@ -138,22 +138,26 @@ def raised(ratios, floor):
     return [max(floor, low * ratio) for ratio in ratios]
 
 
-def grouped(ratios, most=4):
-    """Each ratio replaced by its group's mean: of all ways to cut the sorted ratios into at most `most` runs, the one
-    with the least sum of squared distances."""
-    values = sorted(set(ratios))
+def grouped(ratios, by=None, most=4):
+    """Each head's number replaced by the mean of its group. The groups are runs of the sorted `by` (None: the numbers
+    themselves): of all ways to cut it into at most `most` runs, the one with the least sum of squared distances."""
+    by = ratios if by is None else by
+    values = sorted(set(by))
 
-    def means(cuts):
-        found = {}
-        for start, stop in itertools.pairwise([0, *cuts, len(values)]):
-            run = [ratio for ratio in ratios if ratio in values[start:stop]]
-            found |= dict.fromkeys(values[start:stop], sum(run) / len(run))
-        return found
+    def groups(cuts):
+        runs = [values[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(values)])]
+        return [[head for head, value in enumerate(by) if value in run] for run in runs]
+
+    def mean(numbers, heads):
+        return sum(numbers[head] for head in heads) / len(heads)
+
+    def spread(groups):
+        return sum((by[head] - mean(by, heads)) ** 2 for heads in groups for head in heads)
 
     n_cuts = min(most, len(values)) - 1
-    ways = [means(cuts) for cuts in itertools.combinations(range(1, len(values)), n_cuts)]
-    best = min(ways, key=lambda way: sum((ratio - way[ratio]) ** 2 for ratio in ratios))
-    return [best[ratio] for ratio in ratios]
+    best = min(map(groups, itertools.combinations(range(1, len(values)), n_cuts)), key=spread)
+    means = {head: mean(ratios, heads) for heads in best for head in heads}
+    return [means[head] for head in range(len(ratios))]
 
 
 def pool_of_all(scores, total, least):

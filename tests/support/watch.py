@@ -42,7 +42,7 @@ class Case:
     profile: str | None = None
     budget: float = 0.4
     image: bool = False
-    turns: tuple = (20, 8)
+    turns: tuple = (15, 6)
 
     def __post_init__(self):
         object.__setattr__(self, "attn", compat.seen(self.attn))
@@ -68,7 +68,7 @@ class Case:
     def heads(self):
         return models.weights(self.family).config.get_text_config().num_key_value_heads
 
-    def read(self, budget=None):
+    def read(self):
         """The profile of this case."""
         return make_profile(len(self.layers), self.heads if self.profile == "head" else 1, self.method)
 
@@ -82,9 +82,9 @@ class Case:
 
     def rule(self, prompts=None):
         """The reference's own reading of the same."""
-        keep = (lambda budget: self.read().keep_ratios(budget).tolist()) if self.profile else None
+        profile = self.read() if self.profile else None
         image = [row.nonzero().flatten().tolist() for row in self.image_mask()] if self.image else None
-        return Rule(self.as_method, self.budget, keep=keep, image=image, prompts=prompts)
+        return Rule(self.as_method, self.budget, profile=profile, image=image, prompts=prompts)
 
     def image_mask(self, row=None):
         ids = self.prompt(row)["input_ids"]

@@ -16,14 +16,18 @@ from watch import Case, prompt_kept, run
 BAD = [
     ("score", "love", "attention"), ("heads", "some", "each"), ("heads", None, "each"), ("heads", ["mean"], "each"),
     ("heads", np.array(["mean"]), "each"),
-    ("queries", 0, "all"), ("queries", -1, "all"), ("queries", "some", "all"), ("queries", 1.5, "all"),
-    ("queries", True, "all"), ("context", -1, "all"), ("context", "some", "all"),
-    ("pooling", 0, "odd"), ("pooling", 4, "odd"), ("pooling", 2.5, "odd"), ("pooling", "wide", "odd"),
-    ("pooling", True, "odd"), ("pooling_by", "sum", "mean"), ("value_norm", 1, "True or False"),
-    ("lengths", "flat", "uniform"), ("lengths", None, "uniform"), ("floor", -1, "at least 0"), ("floor", 0.5, "integer"),
+    ("queries", 0, "at least 1"), ("queries", -1, "at least 1"), ("queries", "some", "all"),
+    ("queries", 1.5, "at least 1"),
+    ("queries", True, "at least 1"), ("context", -1, "at least 0"), ("context", "some", "all"),
+    ("pooling", 0, "at least 1"), ("pooling", 4, "odd"), ("pooling", 2.5, "at least 1"),
+    ("pooling", "wide", "at least 1"),
+    ("pooling", True, "at least 1"), ("pooling_by", "sum", "mean"), ("value_norm", 1, "True or False"),
+    ("lengths", "flat", "uniform"), ("lengths", None, "uniform"),
+    ("floor", -1, "at least 0"), ("floor", 0.5, "integer"),
     ("sink", -1, "at least 0"), ("sink", "one", "integer"),
-    ("recent", 0, "share"), ("recent", -3, "share"), ("recent", 1.5, "share"), ("recent", "half", "share"),
-    ("recent", True, "share"), ("recent", float("nan"), "share"), ("recent", -(10**400), "share"),
+    ("recent", 0, "at least 1"), ("recent", -3, "at least 1"), ("recent", 1.5, "share"),
+    ("recent", "half", "at least 1"),
+    ("recent", True, "at least 1"), ("recent", float("nan"), "share"), ("recent", -(10**400), "at least 1"),
     ("text_floor", 1.01, "0 to 1"), ("text_floor", "all", "0 to 1"), ("text_floor", 10**400, "0 to 1"),
     ("merge", "kv", "True or False"), ("evict", "newest", "oldest"), ("evict", None, "oldest"),
     ("distance", 0, "at least 1"), ("distance", "far", "integer"), ("distance", -25, "at least 1"),
@@ -37,7 +41,6 @@ def test_a_bad_value_is_refused_by_name(name, value, cure):
         PREFIXKV.replace(**{name: value})
     message = str(error.value)
     assert message.startswith(name) and cure in message and "got" in message and "\n" not in message
-    assert len(message) < 300
 
 
 def test_an_unknown_field_or_method_lists_what_there_is():
@@ -61,7 +64,6 @@ def test_an_unknown_field_or_method_lists_what_there_is():
     [
         (PREFIXKV, {"evict": "oldest"}, ("distance", "evict")),
         (PREFIXKV, {"evict": "least-important"}, ("distance", "evict")),
-        (SNAPKV, {"headroom": 4}, ("headroom", "distance")),
     ],
     ids=str,
 )
@@ -148,7 +150,8 @@ def test_random_keys():
 
 def test_registering_a_score_is_all_that_a_new_method_takes():
     """A scoring rule under a name of its own can be asked for at once, and is told which there are otherwise."""
-    assert "key-difference" in str(pytest.raises(ValueError, PREFIXKV.replace, score="unknown").value)
+    with pytest.raises(ValueError, match="key-difference"):
+        PREFIXKV.replace(score="unknown")
     case = Case("keydiff", turns=(1,))
     assert prompt_kept(case) != prompt_kept(Case("uniform:heads=each", turns=(1,)))
     assert torch.equal(run(case)[0], run(Case(methods.KEYDIFF.spell(full=True), turns=(1,)))[0])

@@ -53,40 +53,34 @@ def calibrate(
 ) -> PrefixProfile:
     """Make the profile of a model from some prompts. A keep ratio is the mean over the samples of count / n_tokens.
 
-    Streams: one sample is in memory at a time (of those set aside, what the processor made of them). Each row of a
-    padded batch is a sample of its own. The order of the samples cannot change what is proposed.
-
+    Streams: one sample is in memory at a time (of those set aside, the inputs). Each row of a padded batch is a sample.
     A sample that fails is reported and skipped. Out of memory ends the calibration: skipping long prompts would bias
-    the profile. So does a model whose attention cannot be observed, and Ctrl-C. What was found until then is in
-    `state_file`.
+    the profile. What was found until then, or until Ctrl-C, is in `state_file`.
 
     Args:
         model: a transformers model of a kind that `PrefixKVCache` can prune, in any dtype, on one device or several.
         samples: dicts that `model(**sample)` takes, such as what a processor returns; any iterable.
         method: how the cache will rank its keys; None: the default. The profile carries it.
-        by: where lengths come from. `"measured"`: proposals by all criteria below, alone and blended with uniform
-            lengths, are measured on every third sample, which is set aside, and the best is kept; a warning says so if
-            it does not beat uniform lengths. `"mass"`: the paper's search on the scores (arXiv 2412.03409), so that of
-            one sample the profile holds what `lengths="search"` finds on that prompt. `"reconstruction"`: one pool of
-            how much attention each key gets when the prompt is repeated (KVzip, arXiv 2505.23416). `"loss"`: what
-            pruning each layer or head alone costs the model's own answers.
+        by: `"measured"`: proposals by all criteria below, alone and blended with uniform lengths, are measured on every
+            third sample, which is set aside, and the best is kept; a warning says so if it does not beat uniform
+            lengths. `"mass"`: the paper's search on the scores (arXiv 2412.03409): of one sample, what
+            `lengths="search"` finds on that prompt. `"reconstruction"`: one pool of how much attention each key gets
+            when the prompt is repeated (KVzip, arXiv 2505.23416). `"loss"`: what pruning each unit alone costs answers.
         unit: `"layer"`: one length a layer, or `"head"`: one for each key head (with `"measured"`, both are tried).
         budgets: the grid of the profile, fractions kept, in (0, 1].
         metadata: more to write into the profile, string to string, such as `{"source": "MM-Vet, 10 samples"}`.
         progress: called with the number of samples done after each one.
         on_error: called with the index of a failed sample and the exception; by default a warning is given.
         state_file: where to keep what was found, every few seconds and whenever the calibration ends early; one that
-            is there is continued (the samples must come in the same order as before). Deleted at the end.
+            is there is continued (with the samples in the same order). Deleted at the end.
 
     Returns:
-        The profile. Its metadata has the method, which proposal it is (`by`), the samples' number and lengths in tokens
-        (`samples`, `tokens_min`, `tokens_mean`, `tokens_max`), the standard deviation over the samples (`spread`, where
-        lengths were counted), and what was measured (`measured`).
+        The profile. Its metadata has the method, the proposal (`by`), the samples' number, lengths in tokens and, where
+        lengths were counted, standard deviation (`spread`), and what was measured (`measured`).
 
     Raises:
-        TypeError, ValueError: an argument is not what is described above, the model cannot be pruned, there are too few
-            samples or all of them failed, a budget is too small for prompts this short, or `state_file` is that of
-            another calibration.
+        TypeError, ValueError: an argument is not as above, the model cannot be pruned, samples are too few or all
+            failed, a budget is too small for prompts this short, or `state_file` is that of another calibration.
         UnobservedAttentionError: the model computes attention by code of its own.
     """
     plan = Plan(resolve(method), by, unit, tuple(budgets))
@@ -100,10 +94,9 @@ def calibrate(
         run.find(_kept_back(_one_by_one(samples), plan, set_aside))
         run.measure(set_aside)
     profile = run.profile(described)
-    if profile.measured is not None and not profile.measured["beats_uniform"]:
-        samples = profile.measured["samples"]
-        warnings.warn(f"the profile does not beat uniform lengths on the {samples} set aside", stacklevel=2)
     state.delete()
+    if profile.measured is not None and not profile.measured["beats_uniform"]:
+        warnings.warn("the profile does not beat uniform lengths on the samples set aside", stacklevel=2)
     return profile
 
 

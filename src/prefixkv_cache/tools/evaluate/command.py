@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import add_model, budgets, count, positive
-
-DRAWN = {"scenes": "draw_scene", "boards": "draw_board"}
-"""Tasks that the package draws itself: the module of `tools.demo`, and what draws one picture from a seed."""
-TASKS = ("descriptions", "questions")
-SPLITS = ("validation", "test")
+from .drawn import SPLITS, TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

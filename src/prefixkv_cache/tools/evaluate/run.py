@@ -23,7 +23,7 @@ from ...calibration.processes import Processes, Report, join_processes
 from ...calibration.state import fingerprint_model
 from ...profiles.files import write_atomically
 from ..arguments import load
-from .command import DRAWN, SPLITS, TASKS
+from .drawn import DRAWN, SPLITS, TASKS
 from .measure import Batch, Row, check_memory
 from .methods import FULL, Candidate, parse_candidates
 from .plots import draw_all, have_matplotlib

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data import DataError, Record, read_records
 from ..loading import open_image
-from .command import DRAWN, TASKS
+from .drawn import DRAWN, TASKS
 
 DEFAULT_DRAWN = 100
 

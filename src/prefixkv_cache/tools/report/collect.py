@@ -127,16 +127,12 @@ def collect_report(
     inputs = prepare(processor, [(prompt, [picture for _, picture in pictures])], model.device)
     ids = inputs["input_ids"][0].tolist()
     ratios = _ratios(budgets, len(ids))
-
     say("observing the prompt's attention")
     cache = PrefixKVCache.for_model(model, **options)
-    method, source = cache.method, cache.profile and cache.profile.metadata["model"]
-    attention = _attention(model, processor, inputs, method)
-
+    attention = _attention(model, processor, inputs, cache.method)
     say("answering with the full cache")
     full = answer(model, processor, inputs, DynamicCache(config=model.config), max_new_tokens)
-    kinds = [kind for kind, _ in cache_layers(model.config)]
-    layers = [index for index, kind in enumerate(kinds) if kind == PRUNABLE]
+    layers, n_whole = _prunable_layers(model.config)
 
     def ask(budget: float | int) -> Pruned:
         say(f"answering with budget {budget:g}")
@@ -151,16 +147,23 @@ def collect_report(
     return Report(
         model=describe_model(model)["model"],
         prompt=prompt,
-        method=method,
-        source=source,
+        method=cache.method,
+        source=cache.profile and cache.profile.metadata["model"],
         tokens=_texts(processor, ids),
         image_columns=image_columns,
         pictures=_pictures(pictures, ids, image_columns, inputs, model.config, processor),
         layers=layers,
-        n_whole=len(kinds) - len(layers),
+        n_whole=n_whole,
         full=full,
         pruned=pruned,
     )
+
+
+def _prunable_layers(config: Any) -> tuple[list[int], int]:
+    """Indices of the layers that are pruned, and how many are left whole."""
+    kinds = [kind for kind, _ in cache_layers(config)]
+    layers = [index for index, kind in enumerate(kinds) if kind == PRUNABLE]
+    return layers, len(kinds) - len(layers)
 
 
 def _ratios(budgets: Sequence[float | int], n_tokens: int) -> dict[float | int, float]:

@@ -1,0 +1,85 @@
+"""The text tasks: prose, two splits that share nothing, and cases that say what they ask."""
+
+import pytest
+
+from prefixkv_cache.tools.tasks.passages import SPLITS, digest, paragraphs, passages
+from prefixkv_cache.tools.tasks.tasks import TASKS, cases
+
+WORDS = {"user": "<user>", "assistant": "<assistant>"}
+
+
+class Words:
+    """A tokenizer of characters, with a chat template that can be read."""
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [ord(char) for char in text]}
+
+    def apply_chat_template(self, turns, add_generation_prompt, tokenize):
+        assert add_generation_prompt and not tokenize
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns) + "<assistant>"
+
+
+def texts(case):
+    return ["".join(map(chr, part)) for part in case.tokens(Words())]
+
+
+def test_there_are_enough_passages_and_the_splits_share_no_paragraph():
+    choose, report = map(passages, SPLITS)
+    assert min(len(choose), len(report)) >= 30 and abs(len(choose) - len(report)) <= 1
+    for paragraph in paragraphs():
+        assert sum(paragraph in passage for passage in (*choose, *report)) <= 1 or any(
+            paragraph in other for other in paragraphs() if other != paragraph
+        )
+
+
+def test_passages_are_sentences():
+    for split in SPLITS:
+        for passage in passages(split):
+            assert passage.endswith(".") and "  " not in passage and "::=" not in passage
+
+
+def test_nothing_is_random():
+    assert cases("lookup", "report", 3) == cases("lookup", "report", 3)
+    assert len(digest()) == 8
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", (1700, 8000))
+def test_cases(task, length):
+    found = cases(task, "choose", 4, length)
+    assert len(set(found)) == 4 and all(len(case.prompt) >= length - 250 for case in found)
+
+
+def test_a_lookup_asks_for_a_code_that_is_in_its_prompt():
+    for case in cases("lookup", "choose", 20):
+        prompt, behind, answer = texts(case)
+        assert prompt.startswith("<user>") and prompt.endswith("?<assistant>")
+        city = prompt.rpartition("code of ")[2].partition("?")[0]
+        assert behind == f"The secret code of {city} is " and f"{behind}{answer}" in prompt
+        assert len(answer) == 5 and prompt.count("The secret code of") == 3
+
+
+def test_the_second_turn_comes_behind_what_is_pruned():
+    case = cases("turn2", "report", 1)[0]
+    prompt, behind, answer = texts(case)
+    assert "What is the secret code" not in prompt and prompt.endswith("<assistant>")
+    assert behind.startswith("I have read it.<user>What is the secret code of ") and answer in prompt
+
+
+def test_a_summary_has_its_instruction_first_and_the_model_answers():
+    prompt, behind, answer = texts(cases("summary", "report", 1)[0])
+    assert prompt.startswith("<user>Summarize") and not behind and not answer
+
+
+def test_a_continuation_is_the_passage():
+    prompt, behind, answer = texts(cases("continuation", "report", 1)[0])
+    assert prompt + answer == passages("report")[0] and not behind
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "number"), [("poem", "choose", 1), ("lookup", "test", 1), ("lookup", "report", 999)]
+)
+def test_what_is_not_there_is_refused(task, split, number):
+    with pytest.raises(ValueError, match=f"{task if task == 'poem' else split}"):
+        cases(task, split, number)
