@@ -23,11 +23,15 @@ NAMED = zoo.names("""
     cohere2_vision aria lfm2_vl got_ocr2 blip-2 llama qwen2 qwen3 mistral gemma2 phi3
 """)
 LATENT = zoo.names("deepseek_v2 deepseek_v3 kimi_k25 mistral4")
+OWN_BUGS = {"4.57.6": zoo.names("evolla kosmos-2.5")}
+"""Models whose logits differ with and without transformers' own cache, or whose second turn fails with it."""
 
 
 @pytest.mark.parametrize("model_type", zoo.ALL_TYPES)
 @pytest.mark.filterwarnings("ignore")
 def test_type_is_what_the_table_says(model_type):
+    if model_type in OWN_BUGS.get(transformers.__version__, ()):
+        pytest.skip("fails with transformers' own cache, too")
     found = measure(model_type)
     assert found.verdict != "wrong", found.remarks
     assert not SAME_VERSION or found.row() == ROWS[model_type]

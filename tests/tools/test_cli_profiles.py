@@ -55,8 +55,8 @@ def run(capsys):
 
 
 def calibrate_arguments(home, out, *more):
-    return ["calibrate", "--model", home / "model", "--data", home / "data.json", "--images", home / "images",
-            "--out", out, *GRID, *more]  # fmt: skip
+    return ["calibrate", "--by", "mass", "--model", home / "model", "--data", home / "data.json",
+            "--images", home / "images", "--out", out, *GRID, *more]  # fmt: skip
 
 
 def without_date(path):
@@ -103,7 +103,7 @@ def test_the_command_measures_what_the_function_does_for_the_method_asked_for(ho
     records = read_records(home / "data.json", home / "images")
     chosen = [records[index] for index in sorted(random.Random(0).sample(range(len(records)), 2))]
     samples = [loading.prepare(processor, [(each.prompt, [loading.open_image(each.images[0])])]) for each in chosen]
-    profile = calibrate(model, samples, budgets=[0.1, 0.5, 1.0], method=spelling)
+    profile = calibrate(model, samples, budgets=[0.1, 0.5, 1.0], method=spelling, by="mass")
     found = PrefixProfile.load(out)
     assert found.method == profile.method == methods.Method.parse(spelling)
     assert (found.keep - profile.keep).abs().max() < 1e-12

@@ -23,6 +23,7 @@ class Pairs:
             nothing; one row for all heads unless they keep keys of their own.
         received: float32 like `positions`, attention received so far; only where the eviction policy asks for it.
         unwritten: slot -> position, not yet in `positions`, which few steps read.
+        shared: whether copies of the cache read the same keys, values and positions: who writes first takes its own.
     """
 
     keys: Tensor
@@ -30,6 +31,7 @@ class Pairs:
     positions: Tensor
     received: Tensor | None = None
     unwritten: dict[int, int] = field(default_factory=dict)
+    shared: bool = False
 
     @property
     def capacity(self) -> int:
@@ -65,14 +67,28 @@ class Pairs:
         keys, values = (F.pad(each, (0, 0, 0, spare)) for each in (self.keys, self.values))
         return Pairs(keys, values, F.pad(self.positions, (0, spare), value=-1), received)
 
+    def share(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The buffers that a copy may read as well, until one of both writes."""
+        self.write_positions()
+        self.shared = True
+        return self.keys, self.values, self.positions
+
+    def unshare(self) -> None:
+        """Take buffers of its own, before they are written to."""
+        if self.shared:
+            self.keys, self.values, self.positions = (each.clone() for each in (self.keys, self.values, self.positions))
+            self.shared = False
+
     def write_everywhere(self, slot: int, keys: Tensor, values: Tensor, position: int) -> None:
         """Put one pair into the same slot of all rows and heads: two copies, no index tensors."""
+        self.unshare()
         self.keys.narrow(2, slot, 1).copy_(keys)
         self.values.narrow(2, slot, 1).copy_(values)
         self.unwritten[slot] = position
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor, position: int | Tensor) -> None:
         """Put one pair a row into the slots int64 [batch, 1 or heads]."""
+        self.unshare()
         self.write_positions()
         index = slots[..., None]
         everywhere = index.expand(-1, keys.shape[1], -1)[..., None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import cache
-
 from pydoc_data.topics import topics
 
 from ...rules.checks import check_choice
@@ -33,7 +32,7 @@ def paragraphs() -> Iterator[str]:
     seen = set()
     for name in sorted(topics):
         for block in topics[name].split("\n\n"):
-            paragraph = " ".join(block.split()).translate({ord(mark): None for mark in '*"'})
+            paragraph = " ".join(block.translate({ord(mark): None for mark in '*"'}).split())
             if is_prose(paragraph) and paragraph not in seen:
                 seen.add(paragraph)
                 yield paragraph
