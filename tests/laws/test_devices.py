@@ -78,7 +78,6 @@ def test_the_pairs_of_offloaded_layers_go_and_come_back(streams, monkeypatch):
     from prefixkv_cache.cache.layer import PrunedLayer
 
     moves = []
-    monkeypatch.setattr(PrunedLayer, "_move", lambda layer, device: moves.append(device.type))
     monkeypatch.setattr(PrunedLayer, "offload", lambda layer: moves.append("away"))
     monkeypatch.setattr(PrunedLayer, "prefetch", lambda layer: moves.append("back"))
     model, inputs = models.shared("llava_gqa", "sdpa"), models.batch("llava_gqa", (61,))

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefixkv_cache import PrefixKVCache, calibrate
 from prefixkv_cache.methods import Method
-from watch import make_profile
+from watch import kept_by_head, make_profile
 
 LAYERS = 4
 # By name: key heads, the method, and whether there is a profile by head.
@@ -62,8 +62,7 @@ def generate(folder, way, **options):
     )  # fmt: skip
     return {
         "logits": torch.stack(output.logits),
-        "kept": [cache.kept_positions(layer) for layer in range(LAYERS)],
-        "lengths": cache.stored_lengths(heads=True),
+        "kept": [kept_by_head(cache, layer, kv_heads // (2 if options else 1)) for layer in range(LAYERS)],
         "profiles": profiles,
     }
 
@@ -86,24 +85,12 @@ def test_ranks_with_half_of_the_heads_keep_what_all_heads_together_keep(tmp_path
     assert run.returncode == 0, run.stderr[run.stderr.find("Traceback") :][:9000]
     for rank, (way, alone) in itertools.product(("0", "1"), by_way.items()):
         part = torch.load(tmp_path / f"{rank}.pt")[way]
-        for layer in range(LAYERS):
-            own = own_heads(part["lengths"][layer], int(rank), WAYS[way][0])
-            assert own == own_heads(alone["lengths"][layer], int(rank), WAYS[way][0]), way
-            kept = [own_heads(each["kept"][layer].transpose(0, 1), int(rank), WAYS[way][0]) for each in (part, alone)]
-            assert [rows_of(head) for head in kept[0]] == [rows_of(head) for head in kept[1]], way
+        first = int(rank) * (n_heads := WAYS[way][0] // 2)
+        for own, of_all in zip(part["kept"], alone["kept"], strict=True):
+            assert own == [heads[first : first + n_heads] for heads in of_all], way
         assert (part["logits"] - alone["logits"]).abs().max() < 1e-4, way  # transformers reduces and returns float32
         for profile, wanted in zip(part["profiles"], alone["profiles"], strict=True):
             assert (profile - wanted).abs().max() < 1.5 / 38 / 2, way  # at most a pair of the shorter row
-
-
-def own_heads(of_heads, rank, kv_heads):
-    """Those of this rank, where there are entries for all heads."""
-    half = kv_heads // 2
-    return of_heads[rank * half : (rank + 1) * half] if len(of_heads) == kv_heads else of_heads
-
-
-def rows_of(head):
-    return [sorted(at for at in row if at >= 0) for row in head.tolist()]
 
 
 if __name__ == "__main__":

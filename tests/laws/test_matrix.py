@@ -26,7 +26,7 @@ SHORT_WINDOWS = {
     "default": "default:headroom=6",
 }  # so that these prompts show it
 VARIATIONS = [
-    Case("default", budget=0.2, turns=(105,)),  # until the headroom is used up
+    Case("default", lengths=(61,), budget=0.2, turns=(105,)),  # until the headroom is used up
     Case("default:headroom=6", image=True),
     Case("default:headroom=2;context=all;queries=4;heads=mean", profile="head"),
     Case("default:headroom=6;text_floor=0.8;pooling=3", "qwen2_5_vl", profile="head", image=True, budget=0.7),

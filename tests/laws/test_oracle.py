@@ -129,8 +129,8 @@ def test_lengths_by_hand():
     ]
     assert rules.raised([0.1, 0.5, 0.6], 0.3) == pytest.approx([0.3, 0.9 / 11 * 5, 0.9 / 11 * 6])
     assert rules.raised([0.1, 0.3], 0.4) == [0.2, 0.2]
-    assert rules.grouped([0.1, 0.9, 0.2, 0.8], 2) == pytest.approx([0.15, 0.85, 0.15, 0.85])
-    assert rules.grouped([0.1, 0.1, 0.5], 2) == pytest.approx([0.1, 0.1, 0.5])
+    assert rules.grouped([0.1, 0.9, 0.2, 0.8], most=2) == pytest.approx([0.15, 0.85, 0.15, 0.85])
+    assert rules.grouped([0.1, 0.1, 0.5], most=2) == pytest.approx([0.1, 0.1, 0.5])
     assert rules.pool_of_all([[[9, 8, 7], [1, 2, 3]], [[4, 6, 5], [0, 0, 0]]], 8, 1) == [[3, 1], [3, 1]]
 
 

@@ -23,7 +23,7 @@ NAMED = zoo.names("""
     cohere2_vision aria lfm2_vl got_ocr2 blip-2 llama qwen2 qwen3 mistral gemma2 phi3
 """)
 LATENT = zoo.names("deepseek_v2 deepseek_v3 kimi_k25 mistral4")
-OWN_BUGS = {"4.57.6": zoo.names("evolla kosmos-2.5")}
+OWN_BUGS = {"4.57.6": zoo.names("evolla kosmos-2.5"), "5.4.0": ["evolla"]}
 """Models whose logits differ with and without transformers' own cache, or whose second turn fails with it."""
 
 

@@ -72,7 +72,7 @@ TABLES = {
     "no method": (_metadata(method="best"), ["method", "there is no method 'best'"]),
     "no field": (_metadata(method="snapkv:novelty=8.0"), ["method", "novelty=8.0"]),
     "no value": (_metadata(method=""), ["method", "spelling"]),
-    "too long": (_metadata(method="snapkv:pooling=" + "9" * 900), ["method", "1000 characters in full"]),
+    "too long": (_metadata(method="snapkv:pooling=" + "9" * 900), ["method", "spelling"]),
     "measured text": (_metadata(measured="well"), ["measured", "'well'", "JSON"]),
     "measured list": (_metadata(measured="[1]"), ["measured", "'[1]'", "JSON"]),
     "measured nan": (_metadata(measured='{"samples": 1, "budgets": {"0.5": {"kl": NaN}}}'), ["measured", "NaN"]),

@@ -297,7 +297,7 @@ class Rule:
         return counts
 
     def _pool(self, scores, n, budget):
-        """[layer][head] from one pool; more than four heads are grouped by what a fifth of the pairs would give them."""
+        """[layer][head] from one pool; more than four heads are grouped by what a budget of 0.2 gives."""
         n_heads, least = sum(map(len, scores)), max(self.method.protect.sink + 1, self.method.lengths.floor)
         wanted, at_a_fifth = (rules.pool_of_all(scores, round(each * n * n_heads), least) for each in (budget, 0.2))
         if len(scores[0]) <= 4:

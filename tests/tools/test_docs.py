@@ -1,4 +1,4 @@
-"""What the documentation says is so: its Python runs, its commands parse, its links lead somewhere, its site builds.
+"""What the documentation says is so: its Python runs, its commands parse, what it names is there, its site builds.
 
 The Python blocks of a file run in order, in one namespace and an empty folder. Blocks may use what an application has
 and the documentation cannot show, and what lies on the hub; both are stand-ins here:
@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,9 @@ from prefixkv_cache.tools.loading import load_model, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted(ROOT.glob("docs/*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, *sorted(ROOT.glob("models/*/README.md"))]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS, *sorted(ROOT.glob("models/*/README.md"))]
+DIARY = "notes.md"  # of the repository, not of the site; names what is gone
 HUB = ("llava-hf/llava-1.5-7b-hf",)
 
 
@@ -107,6 +110,15 @@ def test_the_python_of_a_page_runs(page, world):
     assert ran == len(fences) > 0
 
 
+def test_the_readme_is_short_and_its_first_example_is_silent(world, capfd):
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 120 and text.count("![") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(blocks(README, "python")[0][1], world)
+    assert capfd.readouterr() == ("", "")
+
+
 def commands(page):
     """The `prefixkv` command lines of a page."""
     for line, text in blocks(page, "(?:bash|sh|console)"):
@@ -123,6 +135,26 @@ def test_the_commands_of_the_pages_are_commands(capsys):
             make_parser().parse_args(words)
         except SystemExit:
             pytest.fail(f"{page}, block at line {line}: {shlex.join(words)}: {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != DIARY], ids=name)
+def test_what_a_page_names_is_there(page):
+    """Files of the repository, their options in command lines, targets of make, extras of pip."""
+    text = page.read_text(encoding="utf-8")
+    for file in re.findall(r"(?<![\w/.-])(?:benchmarks|docs|examples|scripts|src|tests)/[\w./-]*\w", text):
+        assert (ROOT / file).exists(), file
+    for file in re.findall(r"`((?:cache|calibration|methods|profiles|rules|tools)/[\w/]+\.py)", text):
+        assert (ROOT / "src" / "prefixkv_cache" / file).exists(), file
+    code = "\n".join(found for _, found in blocks(page, "bash")).replace("\\\n", " ")
+    for script, options in re.findall(r"^python ([\w/]+\.py)(.*)", code, re.MULTILINE):
+        for option in re.findall(r"(?<= )--[a-z-]+", options.split("#")[0]):
+            assert f'"{option}"' in (ROOT / script).read_text(encoding="utf-8"), f"{script} {option}"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), f"make {target}"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.findall(r"pip install (?:-e )?'(?:\.|prefixkv-cache)\[(\w+)\]'", text):
+        assert f"\n{extra} = [" in project, extra
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -153,4 +185,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_every_page_is_in_the_navigation():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = [page for entry in nav for page in entry.values()]
-    assert sorted(listed) == sorted(page.name for page in DOCS)
+    assert sorted([*listed, DIARY]) == sorted(page.name for page in DOCS)

@@ -1,7 +1,15 @@
 """The text tasks: prose, two splits that share nothing, and cases that say what they ask."""
 
-import pytest
+import importlib.util
+from pathlib import Path
 
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import smollm
+from prefixkv_cache import PrefixKVCache, methods
+from prefixkv_cache.profiles.profile import PrefixProfile
 from prefixkv_cache.tools.tasks.passages import SPLITS, digest, paragraphs, passages
 from prefixkv_cache.tools.tasks.tasks import TASKS, cases
 
@@ -80,3 +88,47 @@ def test_a_continuation_is_the_passage():
 def test_what_is_not_there_is_refused(task, split, number):
     with pytest.raises(ValueError, match=f"{task if task == 'poem' else split}"):
         cases(task, split, number)
+
+
+# The study, which measures on these tasks.
+
+
+@pytest.fixture(scope="module")
+def study():
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "study.py"
+    spec = importlib.util.spec_from_file_location("study", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["default", "snapkv", "h2o", "prefixkv", "keydiff", "pyramidkv", "streaming"])
+def test_the_study_measures_what_a_cache_costs(study, name):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    prompt, answer = torch.randint(0, 60, (1, 90)), [5, 6, 7, 8]
+    measured = study.MeasuredCase(model, (prompt[0].tolist(), [3, 4], answer))
+    for budget, cost in zip(study.BUDGETS, measured.costs(methods.NAMED[name], None), strict=True):
+        method = methods.NAMED[name].replace(evict="fixed-point", distance=None)  # what leaves later is not measured
+        cache, fed = PrefixKVCache(None, budget, method=method, config=config), torch.tensor([[3, 4, 5, 6, 7]])
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            pruned = model(fed, past_key_values=cache).logits[0, 1:].log_softmax(-1)
+            full = model(torch.cat([prompt, fed], 1)).logits[0, -4:].log_softmax(-1)
+        divergence = (full.exp() * (full - pruned)).sum(-1).mean().item()
+        assert cost["kl"] == pytest.approx(divergence, abs=1e-5) and cost["kl"] > 0
+        assert cost["held"] == pytest.approx(budget, abs=0.03)
+
+
+@pytest.mark.slow
+@smollm.needs_smollm
+def test_the_bundled_profile_of_smollm_answers_a_lookup_at_a_fifth(study):
+    model, tokenizer = smollm.load()
+    profile = PrefixProfile.load("smollm2-135m-instruct")
+    measured = study.MeasuredCase(model, cases("lookup", "report", 1)[0].tokens(tokenizer))
+    own, uniform = (measured.costs(profile.method, each)[1] for each in (profile, None))
+    assert own["full_exact"] == 1.0 and own["kl"] < 0.5 * uniform["kl"]

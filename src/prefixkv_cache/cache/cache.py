@@ -25,6 +25,7 @@ from .architecture import PRUNABLE, cache_layers
 from .between import BetweenForwards
 from .call import AttentionCall
 from .compat import SEES_EAGER, empty_after_reset
+from .compress import CompressedCaches
 from .decode import eviction_policy
 from .guards import ModelFacts, check_image_mask, explain_unseen_layer, image_mask_of, refuse_eager
 from .hook import HandedOut, hand_out, hand_out_compiled, hold_hook
@@ -32,11 +33,12 @@ from .layer import PrunedLayer
 from .lengths import LengthSource, length_source
 from .pipeline import importance_of_call, prune_after_attention, prune_ready
 from .prompt import Padding, Prompt, image_tokens
+from .saved import SavedCaches
 from .segments import SegmentRule
 from .whole import WholeLayers, nbytes_of, positions_of, stored_by_head
 
 
-class PrefixKVCache(BetweenForwards, WholeLayers, Cache):
+class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers, Cache):
     """A KV cache that prunes each decoder layer, right after the prompt, to lengths of its own.
 
     A drop-in for `DynamicCache`: `model.generate(**inputs, past_key_values=PrefixKVCache.for_model(model, 0.5))`.

@@ -19,12 +19,12 @@ from ..cache.architecture import whole_layer_kinds
 from ..cache.lengths import RatioLengths, Share, length_source
 from ..cache.pipeline import kept_of_prompt
 from ..cache.prompt import Prompt as LayerPrompt
+from ..cache.reconstruct import LargestAttention
 from ..methods import Method
 from ..profiles.profile import PrefixProfile
 from ..rules.importance import DEFAULT_MAX_BYTES
 from ..rules.scoring import join_heads
 from .observe import ObservedCache, Scores, check_observed, evaluating, model_inputs, valid_rows
-from .reconstruct import LargestAttention
 
 ANSWER_TOKENS = 40
 """Length of the answers, at most."""

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..methods import DEFAULT, Method
-from ..methods.method import LONGEST_SPELLING
 from ..rules.checks import check_budget
 from .bundled import bundled_profiles, names_of_model
 from .file import (
@@ -342,10 +341,7 @@ def _read_method(spelling: str | None) -> tuple[Method, str]:
         method = DEFAULT if spelling is None else Method.parse(spelling)
     except (TypeError, ValueError) as error:
         raise ProfileError(f"method: is no method ({shown(error)}); expected a method's spelling") from None
-    full = method.spell(full=True)
-    if len(full) > LONGEST_SPELLING:  # it could not be read back
-        raise ProfileError(f"method: is {shown(spelling)}; expected at most {LONGEST_SPELLING} characters in full")
-    return method, full
+    return method, method.spell(full=True)
 
 
 def _read_measured(text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reconstruction scores: how much attention each key gets while the prompt is repeated (KVzip, arXiv 2505.23416).
 
-An observer of the second pass, in which the prompt is fed behind itself (measure.py). It computes the attention again
-from queries and keys, a span of queries at a time.
+An observer of the second pass, in which the prompt is fed behind itself (compress.py, and calibration/measure.py). It
+computes the attention again from queries and keys, a span of queries at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.call import AttentionCall
+from .call import AttentionCall
 
 
 def _causal(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
@@ -22,11 +22,12 @@ class LargestAttention:
     """Observer of the second pass.
 
     Attributes:
+        valid: bool [batch, n_queries], False at padding, whose queries do not count; None: no padding.
         of_layer: float32 [batch, kv_heads, n] on the CPU, by layer index: `largest_attention` of the first n keys.
     """
 
     def __init__(self, valid: Tensor | None, max_bytes: int):
-        self._valid, self._max_bytes = valid, max_bytes
+        self.valid, self._max_bytes = valid, max_bytes
         self.of_layer: dict[int, Tensor] = {}
 
     def wants_log_sum_exp(self, layer_idx: int) -> bool:
@@ -35,7 +36,7 @@ class LargestAttention:
 
     def look(self, layer_idx: int, call: AttentionCall) -> None:
         """The largest of this call, and of others to the same keys."""
-        found = largest_attention(call, call.key.shape[2] - call.query.shape[2], self._valid, self._max_bytes).cpu()
+        found = largest_attention(call, call.key.shape[2] - call.query.shape[2], self.valid, self._max_bytes).cpu()
         before = self.of_layer.get(layer_idx)
         self.of_layer[layer_idx] = found if before is None else torch.maximum(before, found)
 
@@ -60,12 +61,13 @@ def largest_attention(call: AttentionCall, n: int, valid: Tensor | None, max_byt
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise TypeError(f"cannot read the mask of {call.backend!r} here; load the model with sdpa or eager attention")
     scaling = size**-0.5 if options.get("scaling") is None else options["scaling"]
-    keys = call.key.float().repeat_interleave(heads // kv_heads, 1).transpose(2, 3) * scaling
+    keys = call.key.float().transpose(2, 3) * scaling
     largest = torch.zeros(batch, heads, n, device=call.key.device)
     step = max(1, max_bytes // (12 * batch * heads * n_keys))
     for start in range(0, n_queries, step):
         span = slice(start, start + step)
-        scores = call.query[:, :, span].float() @ keys
+        query = call.query[:, :, span].float().reshape(batch, kv_heads, -1, size)  # heads of a group, side by side
+        scores = (query @ keys).view(batch, heads, -1, n_keys)
         if options.get("softcap") is not None:
             scores = (scores / options["softcap"]).tanh() * options["softcap"]
         own = mask[:, :, span]

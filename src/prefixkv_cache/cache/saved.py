@@ -1,0 +1,190 @@
+"""Copies of a cache, and caches in files: `copy`, `save` and `load` of `PrefixKVCache`.
+
+A file holds all that decoding and later turns go on from: pairs, positions, and each row's eviction state; format
+version 1, described in docs/compress.md. What a file claims is held against itself and against the model before a
+layer is made of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from ..methods import Method
+from ..profiles.files import write_atomically
+from ..profiles.profile import PrefixProfile
+from ..rules.eviction import Eviction
+from .layer import PrunedLayer
+from .loaded import COUNTERS, FORMAT, FORMAT_VERSION, Reader, check_metadata, check_tokens, hash_of, name_of
+from .segments import Segment
+from .tensor_file import encode, open_tensors
+
+C = TypeVar("C", bound="SavedCaches")
+_copying = threading.Lock()
+
+
+class SavedCaches(Cache):
+    """Copies, and files. A part of `PrefixKVCache`."""
+
+    profile: PrefixProfile | None
+    method: Method
+    budget: float | int
+    max_new_tokens: int | None
+    _image_mask: Tensor | None
+    _model_name = ""
+    _tokens = ""
+
+    def _settle(self, layer_idx: int | None = None) -> None:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget of which tokens this cache was."""
+        self._tokens = ""
+        super().reset()
+
+    def copy(self: C) -> C:
+        """An independent cache that goes on as this one does. The buffers are shared until one of both writes.
+
+        May be called from several threads at once, as long as none of them feeds this very cache.
+        """
+        with _copying:
+            self._settle()
+            kept = [self.profile, self._image_mask, getattr(self, "prefetch_stream", None)]
+            for segment in self._segments():
+                if segment.plan is None:  # a planned segment writes at constant addresses: it gets its own
+                    kept += segment.stored.share()
+            return copy.deepcopy(self, {id(each): each for each in kept if each is not None})
+
+    def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None, *, model: Any = None) -> None:
+        """Write the cache to a safetensors file, in one step: whoever reads the path finds the old file or this one.
+
+        Layers with a sliding window are saved whole. Offloading is not remembered.
+
+        Args:
+            path: where to; the folder must exist.
+            input_ids: int [batch, n], the tokens fed so far, or the first of them. Their hash is saved, not they.
+            model: the model that fed it, or its config: its name is saved. Known already of a cache that `compress`
+                or `load` has made.
+
+        Raises:
+            ValueError: the cache holds nothing, or a layer whose state cannot be saved (linear attention, ...).
+            OSError: the file cannot be written.
+        """
+        self._settle()
+        layers = [_describe(layer, index) for index, layer in enumerate(self.layers)]
+        tensors = {name: tensor for index, layer in enumerate(self.layers) for name, tensor in _tensors(layer, index)}
+        first = next(layer for layer in self.layers if isinstance(layer, PrunedLayer))
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "library_version": _library_version(),
+            "model": self._model_name if model is None else name_of(getattr(model, "config", model)),
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "n_layers": str(len(layers)),
+            "n_heads": str(first.n_heads),
+            "batch": str(first.batch_size),
+            "seen": str(first.seen),
+            "method": self.method.spell(full=True),
+            "budget": repr(self.budget),
+            "max_new_tokens": str(self.max_new_tokens),
+            "layers": json.dumps(layers, separators=(",", ":")),
+        }
+        tokens = self._tokens if input_ids is None else hash_of(input_ids, first.seen)
+        if tokens and int(tokens.split(":")[0]) <= first.seen:
+            metadata["tokens"] = tokens
+        if self.profile is not None:
+            metadata["profile"] = json.dumps(dict(self.profile.metadata), sort_keys=True)
+            tensors |= {"profile.budgets": self.profile.budgets, "profile.keep": self.profile.keep}
+        if self._image_mask is not None:
+            tensors["image_mask"] = self._image_mask
+        write_atomically(path, encode(tensors, metadata))
+
+    @classmethod
+    def load(cls: type[C], path: str | os.PathLike[str], model: Any, input_ids: Tensor | None = None) -> C:
+        """The cache of a file, on the model's device and in its dtype; reading it runs no code.
+
+        Args:
+            path: of a file that `save` has written.
+            model: the model that is to go on from it.
+            input_ids: int [batch, n], of which the cache is said to be; checked where the file has their hash.
+
+        Raises:
+            SavedCacheError: the file is damaged, or of another model; a ValueError that names the file, the field and
+                what was expected.
+        """
+        with open_tensors(path) as file:
+            metadata = check_metadata(file.metadata, model)
+            if input_ids is not None:
+                check_tokens(metadata.get("tokens"), input_ids)
+            return Reader(file, metadata, model).cache(cls)
+
+    def _segments(self) -> Iterator[Segment]:
+        for layer in self.layers:
+            if isinstance(layer, PrunedLayer):
+                _ = layer.seen  # takes note of planned steps
+                yield from layer.segments
+
+
+# To a file.
+
+
+def _describe(layer: Any, index: int) -> dict[str, Any]:
+    """What of a layer is no tensor."""
+    if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not getattr(layer, "record_past", False):
+        return {"seen": layer.cumulative_length}
+    if not isinstance(layer, PrunedLayer):
+        raise ValueError(f"layer {index} is a {type(layer).__name__}; caches with such layers cannot be saved")
+    if not layer.segments:
+        raise ValueError("the cache holds nothing yet; save it after a prompt")
+    seen = layer.seen
+    return {
+        "segments": [
+            {
+                "heads": None if each.group is None else list(each.group.heads),
+                "capacity": each.stored.capacity,
+                "in_place": each.in_place,
+                "received_at": each._received_at,
+                "steps": None if each.plan is None else each.plan.last - seen,
+            }
+            for each in layer.segments
+        ]
+    }
+
+
+def _tensors(layer: Any, index: int) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(layer, PrunedLayer):
+        yield from ((f"{index}.{name}", getattr(layer, name)) for name in ("keys", "values"))
+        return
+    for place, segment in enumerate(layer.segments):
+        prefix, rows = f"{index}.{place}.", segment._step.rows
+        yield from ((prefix + name, getattr(segment, name)) for name in ("keys", "values", "positions"))
+        if segment.stored.received is not None:
+            yield prefix + "received", segment.stored.received[..., : segment.width]
+        queues = [list(getattr(row, "queue", ())) for row in rows]
+        longest = max(map(len, queues))
+        yield prefix + "rows", torch.tensor([_counters(row, len(q)) for row, q in zip(rows, queues, strict=True)])
+        yield prefix + "keep", torch.tensor([row.keep for row in rows], dtype=torch.float64)
+        filled = [queue + [-1] * (longest - len(queue)) for queue in queues]
+        yield prefix + "queue", torch.tensor(filled, dtype=torch.int64).view(len(rows), longest)
+
+
+def _counters(row: Eviction, queued: int) -> list[int]:
+    found = (getattr(row, name, None) for name in COUNTERS[:-1])
+    return [*(-1 if each is None else each for each in found), queued]
+
+
+def _library_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("prefixkv-cache")
+    except PackageNotFoundError:
+        return "unknown"
