@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixkv_cache import methods
 from prefixkv_cache.cache.call import AttentionCall
 from prefixkv_cache.cache.lengths import length_source
 from prefixkv_cache.cache.pipeline import score_call
@@ -206,16 +205,18 @@ def run(options: argparse.Namespace, split: str, candidates: Mapping[str, tuple[
 
 def choose(options: argparse.Namespace) -> None:
     """The default, with one field varied at a time, and the baselines that it has to beat."""
-    candidates = {name: (methods.NAMED[name], None) for name in ("default", *BASELINES[:4])}
-    candidates |= {f"default:{each}": (Method.parse(f"default:{each}"), None) for each in VARIANTS}
-    candidates |= _with_profiles(options.profiles)
-    run(options, "choose", candidates)
+    names = ["default", *BASELINES[:4], *(f"default:{each}" for each in VARIANTS)]
+    run(options, "choose", _candidates(options, names))
 
 
 def report(options: argparse.Namespace) -> None:
     """Every named method, and the profiles."""
-    candidates = {name: (methods.NAMED[name], None) for name in ("default", *BASELINES)}
-    run(options, "report", candidates | _with_profiles(options.profiles))
+    run(options, "report", _candidates(options, ["default", *BASELINES]))
+
+
+def _candidates(options: argparse.Namespace, names: list[str]) -> dict[str, tuple[Method, PrefixProfile | None]]:
+    names = options.methods.split(",") if options.methods else names
+    return {name: (Method.parse(name), None) for name in names} | _with_profiles(options.profiles)
 
 
 def _with_profiles(text: str) -> dict[str, tuple[Method, PrefixProfile | None]]:
@@ -263,8 +264,13 @@ def _sample(tokenizer: Any, index: int) -> dict[str, Tensor]:
 
 
 def rows(files: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """The cases of some files."""
-    return [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+    """The cases of some files; what several say of one case is joined."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in files:
+        for row in map(json.loads, Path(file).read_text().splitlines()):
+            key = tuple(row[name] for name in ("split", "task", "case", "length", "passages"))
+            found.setdefault(key, {**row, "found": {}})["found"].update(row["found"])
+    return list(found.values())
 
 
 def means(found: list[dict[str, Any]], field: str) -> dict[str, dict[str, list[float]]]:
@@ -318,6 +324,7 @@ def main() -> None:
         command.add_argument("--cases", type=int, default=8, help="of each task")
         command.add_argument("--length", type=int, default=PASSAGE, help="characters of a passage")
         command.add_argument("--tasks", default=",".join(TASKS))
+        command.add_argument("--methods", default="", help="spellings, with commas between, instead of all")
         command.add_argument("--profiles", default="", help="name=file,name=file")
         command.set_defaults(work=work)
     command = commands.add_parser("profile", help=profile.__doc__)

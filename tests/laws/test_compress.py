@@ -1,8 +1,9 @@
-"""Compress once, ask many: what is kept is what reconstruction says, and pruning equals masking, copied and saved too."""
+"""Compress once, ask many: kept is what reconstruction asks for, pruning equals masking, and copies go on alike."""
 
 import copy
 import functools
 import gc
+import itertools
 import threading
 
 import pytest
@@ -134,8 +135,8 @@ def test_a_batch_is_its_members(family):
 
 def test_more_budget_never_keeps_less():
     found = [positions(PrefixKVCache.compress(models.shared("llava_mha"), text(60), b)) for b in (0.1, 12, 0.5, 0.8)]
-    for less, more in zip(found, found[1:], strict=False):
-        for left, right in zip(sum(less, []), sum(more, []), strict=True):
+    for less, more in itertools.pairwise(found):
+        for left, right in zip(itertools.chain(*less), itertools.chain(*more), strict=True):
             assert set(left) <= set(right)
 
 
@@ -168,7 +169,7 @@ def test_with_one_pass_it_is_the_method():
 
 
 def test_the_bytes_are_the_budget():
-    _, inputs, cache = compressed("llava_mha", (61,))
+    _, _, cache = compressed("llava_mha", (61,))
     n, layers, heads = 61, 4, 4
     pairs = sum(map(sum, cache.stored_lengths(heads=True)))
     assert round(0.3 * n * layers * heads) - layers * heads < pairs <= round(0.3 * n * layers * heads)

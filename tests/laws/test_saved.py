@@ -197,7 +197,7 @@ def test_what_a_file_says(tmp_path):
     assert loaded.profile == cache.profile
     loaded.save(tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
-    with pytest.raises(SavedCacheError, match="tokens: is .* expected"):
+    with pytest.raises(SavedCacheError, match=r"tokens: is .* expected"):
         PrefixKVCache.load(path, case.model, ids + 1)
     loaded.reset()
     assert torch.equal(go_on(case, *refed(case, loaded)), undisturbed(case))

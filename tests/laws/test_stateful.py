@@ -380,12 +380,9 @@ def _look_up(name):
 
 
 @pytest.fixture
-def registered():
+def registered(monkeypatch):
     for name in ("listed", "listed_flash"):
-        AttentionInterface.register(name, backend)
-    yield
-    for name in ("listed", "listed_flash"):
-        AttentionInterface._global_mapping.pop(name)
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, backend)
 
 
 def test_any_sequence_of_operations(registered, capsys):
@@ -393,13 +390,10 @@ def test_any_sequence_of_operations(registered, capsys):
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=math.ceil(OPERATIONS / 25),
-            stateful_step_count=STEPS,
-            deadline=None,
-            derandomize=OPERATIONS <= 1500,
-            suppress_health_check=list(HealthCheck),
+            max_examples=math.ceil(OPERATIONS / 25), stateful_step_count=STEPS, deadline=None,
+            derandomize=OPERATIONS <= 1500, suppress_health_check=list(HealthCheck),
         ),
-    )
+    )  # fmt: skip
     with capsys.disabled():
         print(f" {Machine.operations:,} operations", end="", flush=True)
     assert Machine.operations >= OPERATIONS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -29,10 +30,12 @@ from .tensor_file import SavedCacheError, TensorFile
 
 C = TypeVar("C", bound=Cache)
 FORMAT, FORMAT_VERSION = "prefixkv-cache", "1"
-MAX_LAYERS, MAX_TOKENS = 1024, 2**31
+MAX_LAYERS, MAX_TOKENS, MAX_STEPS = 1024, 2**31, 2**17
 _REQUIRED = ("format", "format_version", "library_version", "model", "dtype", "n_layers", "n_heads", "batch", "seen",
              "method", "budget", "max_new_tokens", "layers", "sha256")  # fmt: skip
 COUNTERS = ("stored", "seen", "point", "first_origin", "began", "queue")  # columns of `rows`; -1: None
+
+_TOKENS = re.compile("[0-9]{1,9}:[0-9a-f]{64}")
 
 
 def name_of(config: Any) -> str:
@@ -69,13 +72,13 @@ def check_metadata(metadata: dict[str, str], model: Any) -> dict[str, str]:
     return metadata
 
 
-def check_tokens(said: str | None, input_ids: Tensor) -> None:
+def check_tokens(said: str | None, input_ids: Tensor | None) -> None:
     """Refuse a file that says of which tokens it is, and these are others."""
     if said is None:
         return
-    number = said.partition(":")[0]
-    n = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else 0
-    _expect("tokens", said, hash_of(input_ids, n))
+    _need(_TOKENS.fullmatch(said), "tokens", "a number of tokens, a colon and a SHA-256")
+    if input_ids is not None:
+        _expect("tokens", said, hash_of(input_ids, int(said.partition(":")[0])))
 
 
 def _expect(field: str, found: Any, expected: Any) -> None:
@@ -128,13 +131,13 @@ class Reader:
     def _empty(self, cls: type[C]) -> C:
         made: Any = cls
         metadata, profile = self._metadata, None
-        if metadata.get("profile") is not None:
-            _need("profile.keep" in self._read and "profile.budgets" in self._read, "profile", "budgets and keep")
+        _expect("profile", "profile" in metadata, "profile.keep" in self._read)
         try:
             method = Method.parse(metadata["method"])
-            number = json.loads(metadata["budget"])
+            number = _json("budget", metadata["budget"])
             if "profile.keep" in self._read:
                 about = _json("profile", metadata.get("profile", "null"))
+                _need(isinstance(about, dict) and "profile.budgets" in self._read, "profile", "an object, and budgets")
                 profile = PrefixProfile(self._read["profile.budgets"], self._read["profile.keep"], about)
             steps = metadata["max_new_tokens"]
             return made(
@@ -143,7 +146,7 @@ class Reader:
                 method=None if profile is not None and profile.method == method else method,
                 config=self._model.config,
                 image_mask=self._read.get("image_mask"),
-                max_new_tokens=None if steps == "None" else _integer("max_new_tokens", steps, 1, MAX_TOKENS),
+                max_new_tokens=None if steps == "None" else _integer("max_new_tokens", steps, 1, MAX_STEPS),
             )
         except SavedCacheError:
             raise
@@ -185,7 +188,9 @@ class Reader:
         _integer(prefix + "received_at", told.get("received_at"), -1, self._seen)
         steps = told.get("steps")
         if steps is not None:
-            _integer(prefix + "steps", steps, 0, _integer("max_new_tokens", self._metadata["max_new_tokens"], 1, 2**24))
+            _integer(
+                prefix + "steps", steps, 0, _integer("max_new_tokens", self._metadata["max_new_tokens"], 1, MAX_STEPS)
+            )
         room = width + STEPS_PER_GROWTH if steps is None else width + steps
         _integer(prefix + "capacity", told.get("capacity"), width, room)
 

@@ -23,7 +23,7 @@ from ..profiles.files import write_atomically
 from ..profiles.profile import PrefixProfile
 from ..rules.eviction import Eviction
 from .layer import PrunedLayer
-from .loaded import COUNTERS, FORMAT, FORMAT_VERSION, Reader, check_metadata, check_tokens, hash_of, name_of
+from .loaded import COUNTERS, FORMAT, FORMAT_VERSION, MAX_STEPS, Reader, check_metadata, check_tokens, hash_of, name_of
 from .segments import Segment
 from .tensor_file import encode, open_tensors
 
@@ -79,6 +79,10 @@ class SavedCaches(Cache):
             OSError: the file cannot be written.
         """
         self._settle()
+        if (self.max_new_tokens or 0) > MAX_STEPS:
+            raise ValueError(
+                f"a cache with max_new_tokens above {MAX_STEPS} cannot be saved; got {self.max_new_tokens}"
+            )
         layers = [_describe(layer, index) for index, layer in enumerate(self.layers)]
         tensors = {name: tensor for index, layer in enumerate(self.layers) for name, tensor in _tensors(layer, index)}
         first = next(layer for layer in self.layers if isinstance(layer, PrunedLayer))
@@ -122,8 +126,7 @@ class SavedCaches(Cache):
         """
         with open_tensors(path) as file:
             metadata = check_metadata(file.metadata, model)
-            if input_ids is not None:
-                check_tokens(metadata.get("tokens"), input_ids)
+            check_tokens(metadata.get("tokens"), input_ids)
             return Reader(file, metadata, model).cache(cls)
 
     def _segments(self) -> Iterator[Segment]:
