@@ -216,17 +216,15 @@ def report(options: argparse.Namespace) -> None:
 
 def _candidates(options: argparse.Namespace, names: list[str]) -> dict[str, tuple[Method, PrefixProfile | None]]:
     names = options.methods.split(",") if options.methods else names
-    return {name: (Method.parse(name), None) for name in names} | _with_profiles(options.profiles)
+    return {name: (Method.parse(name), None) for name in names} | _with_profiles(options)
 
 
-def _with_profiles(text: str) -> dict[str, tuple[Method, PrefixProfile | None]]:
+def _with_profiles(options: argparse.Namespace) -> dict[str, tuple[Method, PrefixProfile | None]]:
     found: dict[str, tuple[Method, PrefixProfile | None]] = {}
-    for part in text.split(",") if text else []:
+    for part in options.profiles.split(",") if options.profiles else []:
         name, _, path = part.partition("=")
-        profile = PrefixProfile.load(path)
-        found[f"profile by {name}"] = (DEFAULT, profile)
-        if profile.n_heads > 1:
-            found[f"profile by {name}, floor {FLOOR}"] = (DEFAULT.replace(floor=FLOOR), profile)
+        for text in options.ranked_by.split(","):
+            found[f"profile by {name}, {text}"] = (Method.parse(text), PrefixProfile.load(path))
     return found
 
 
@@ -326,6 +324,7 @@ def main() -> None:
         command.add_argument("--tasks", default=",".join(TASKS))
         command.add_argument("--methods", default="", help="spellings, with commas between, instead of all")
         command.add_argument("--profiles", default="", help="name=file,name=file")
+        command.add_argument("--ranked-by", default=f"default,default:floor={FLOOR}", help="methods of the profiles")
         command.set_defaults(work=work)
     command = commands.add_parser("profile", help=profile.__doc__)
     command.add_argument("--out", required=True)

@@ -207,6 +207,23 @@ def test_copied_saved_and_loaded(family, tmp_path):
         assert torch.equal(ask(model, inputs, each), wanted)
 
 
+def test_positions_after_another_picture(tmp_path):
+    """A model with M-RoPE holds the positions of the last prompt that it read."""
+    model = models.build("qwen2_5_vl", "sdpa")
+    first, second = ({**models.batch("qwen2_5_vl", (length,))} for length in (61, 44))
+    second["input_ids"] = second["input_ids"].masked_fill(second["input_ids"] == models.IMAGE, 50)
+    second = {name: second[name] for name in ("input_ids", "attention_mask")}  # words: other deltas
+    cache = PrefixKVCache.compress(model, first, 0.3)
+    wanted = ask(model, first, cache.copy())
+    cache.save(tmp_path / "a.safetensors")
+    PrefixKVCache.compress(model, second, 0.3)
+    assert not torch.equal(ask(model, first, cache.copy()), wanted)
+    cache.restore_positions(model)
+    assert torch.equal(ask(model, first, cache.copy()), wanted)
+    fresh = models.build("qwen2_5_vl", "sdpa")
+    assert torch.equal(ask(fresh, first, PrefixKVCache.load(tmp_path / "a.safetensors", fresh)), wanted)
+
+
 def test_with_planned_steps():
     model, inputs, cache = compressed("llava_mha", (61,), max_new_tokens=16)
     _, _, plain = compressed("llava_mha", (61,))

@@ -184,8 +184,9 @@ def test_what_a_file_says(tmp_path):
     case = CASES[2]
     sequences, cache = after(case)
     path, ids = tmp_path / "a.safetensors", sequences[:, :-1]
-    model = copy.deepcopy(models.weights(case.family).config)
-    model._name_or_path = "somebody/a-model"
+    model = copy.copy(case.model)
+    model.config = copy.deepcopy(model.config)
+    model.config._name_or_path = "somebody/a-model"
     cache.save(path, ids, model=model)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

@@ -5,6 +5,7 @@ and the documentation cannot show, and what lies on the hub; both are stand-ins 
 
 - `model`, `processor`, `image`, `prompt` (with its image token), `inputs` and `samples` are there from the beginning:
   a tiny random LLaVA of 32 layers in a folder named llava-1.5-7b-hf, so that the profile of LLaVA-1.5-7B fits it;
+- so are `context_inputs`, the same as `inputs`, and `inputs_with_more`, the token ids of both and of a question behind;
 - the hub ids of `HUB` are that model, in `from_pretrained` and in what the library itself loads; other ids fail;
 - the hub takes and gives profiles: it is a folder;
 - `my-profile.safetensors`, `cat.png` and the folder `models` of this repository lie in the current folder.
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 import yaml
 from PIL import Image
@@ -92,6 +94,11 @@ def world(stand_in, tmp_path, monkeypatch):
     inputs = prepare(processor, [("what is there ?", [image])])
     prompt = "<bos><user><image> what is there ?<assistant>"
     given = {"model": model, "processor": processor, "image": image, "prompt": prompt}
+    more = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -4:]], dim=1)
+    given |= {
+        "context_inputs": inputs,
+        "inputs_with_more": {"input_ids": more, "attention_mask": torch.ones_like(more)},
+    }
     return given | {"inputs": inputs, "samples": [dict(inputs)] * 2}
 
 

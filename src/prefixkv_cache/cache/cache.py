@@ -33,6 +33,7 @@ from .layer import PrunedLayer
 from .lengths import LengthSource, length_source
 from .pipeline import importance_of_call, prune_after_attention, prune_ready
 from .prompt import Padding, Prompt, image_tokens
+from .quick_profile import quick_profile
 from .saved import SavedCaches
 from .segments import SegmentRule
 from .whole import WholeLayers, nbytes_of, positions_of, stored_by_head
@@ -104,15 +105,19 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
             raise ValueError(f"offloading={offloading!r} needs streams, which a GPU has: {error}") from None
 
     @classmethod
-    def for_model(cls, model: Any, budget: float | int = 0.5, *, inputs: Any = None, **kwargs: Any) -> PrefixKVCache:
+    def for_model(
+        cls, model: Any, budget: float | int = 0.5, *, inputs: Any = None, calibrate_with: Any = None, **kwargs: Any
+    ) -> PrefixKVCache:
         """A cache for this model: its config, and its bundled profile if there is one that was measured.
 
         A bundled profile is taken when the model's name or path holds the profile's name, the depths agree, and the
         profile says what it was measured to cost.
 
         Args:
-            model: a transformers model; only its `config` is looked at.
+            model: a transformers model; only its `config` is looked at, unless there is `calibrate_with`.
             budget: as of the constructor.
+            calibrate_with: where there is no such profile: a prompt, as `model.generate(**inputs)` takes it, from which
+                one is made and kept in the user's cache folder (quick_profile.py).
             inputs: what the processor made of the prompt. With them, `image_mask` is filled from the model's image and
                 video token ids. Without an id of either in the config it stays None.
             kwargs: further arguments of `PrefixKVCache`.
@@ -126,6 +131,8 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         if "profile" not in kwargs:
             prunable = sum(kind == PRUNABLE for kind, _ in cache_layers(config))
             kwargs["profile"] = find_bundled(config, prunable)
+            if kwargs["profile"] is None and calibrate_with is not None:
+                kwargs["profile"] = quick_profile(model, calibrate_with, cls(config=config).layers)
         return cls(budget=budget, **kwargs)
 
     # What a user asks.

@@ -34,6 +34,7 @@ from .loaded import hash_of, name_of
 from .pipeline import kept_of_prompt
 from .prompt import Prompt
 from .reconstruct import LargestAttention
+from .saved import deltas_of
 from .second_pass import Context, SecondPass, context_of, first_pass, padding_of
 
 C = TypeVar("C", bound="CompressedCaches")
@@ -48,6 +49,7 @@ class CompressedCaches(Cache):
     method: Method
     _model_name: str
     _tokens: str
+    _position_deltas: Tensor | None
 
     def _lengths(self) -> LengthSource:
         raise NotImplementedError
@@ -108,6 +110,7 @@ class CompressedCaches(Cache):
             _reconstruct(cache, model, inputs, asked.flatten(), check_integer("chunk", chunk, 1), progress)
         _end_turn(cache.layers)
         cache._model_name, cache._tokens = name_of(model.config), hash_of(ids, ids.shape[1])
+        cache._position_deltas = deltas_of(model)
         return cache
 
 

@@ -114,8 +114,11 @@ class Reader:
 
     def cache(self, cls: type[C]) -> C:
         """The cache itself."""
-        known = [name for name in ("profile.budgets", "profile.keep", "image_mask") if name in self._file.shapes]
-        self._names.update(known)
+        self._names.update(
+            {"profile.budgets", "profile.keep", "image_mask", "position_deltas"} & set(self._file.shapes)
+        )
+        if "position_deltas" in self._names:
+            self._shape("position_deltas", (self._batch, 1), torch.int64)
         for index, layer in enumerate(self._layers):
             self._check_layer(index, layer)
         extra = sorted(self._file.shapes.keys() - self._names)
@@ -126,6 +129,7 @@ class Reader:
         for index, (layer, told) in enumerate(zip(cache.layers, self._layers, strict=True)):
             self._fill(layer, told, index)
         cache._model_name, cache._tokens = self._metadata["model"], self._metadata.get("tokens", "")
+        cache._position_deltas = self._read.get("position_deltas")
         return cache
 
     def _empty(self, cls: type[C]) -> C:
@@ -298,6 +302,8 @@ def _devices(model: Any, n_layers: int) -> list[torch.device]:
 
 
 def _to_model(name: str, tensor: Tensor, devices: list[torch.device], model: Any) -> Tensor:
+    if name == "position_deltas":
+        return tensor.to(model.device)
     index, _, rest = name.partition(".")
     if not index.isdigit() or rest.rpartition(".")[2] in ("rows", "keep", "queue"):
         return tensor

@@ -41,13 +41,14 @@ class SavedCaches(Cache):
     _image_mask: Tensor | None
     _model_name = ""
     _tokens = ""
+    _position_deltas: Tensor | None = None
 
     def _settle(self, layer_idx: int | None = None) -> None:
         raise NotImplementedError
 
     def reset(self) -> None:
         """Forget of which tokens this cache was."""
-        self._tokens = ""
+        self._tokens, self._position_deltas = "", None
         super().reset()
 
     def copy(self: C) -> C:
@@ -71,8 +72,8 @@ class SavedCaches(Cache):
         Args:
             path: where to; the folder must exist.
             input_ids: int [batch, n], the tokens fed so far, or the first of them. Their hash is saved, not they.
-            model: the model that fed it, or its config: its name is saved. Known already of a cache that `compress`
-                or `load` has made.
+            model: the model that fed it, this cache as the last one: its name is saved, and with M-RoPE where positions
+                go on. Known already of a cache that `compress` or `load` has made.
 
         Raises:
             ValueError: the cache holds nothing, or a layer whose state cannot be saved (linear attention, ...).
@@ -90,7 +91,7 @@ class SavedCaches(Cache):
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "library_version": _library_version(),
-            "model": self._model_name if model is None else name_of(getattr(model, "config", model)),
+            "model": self._model_name if model is None else name_of(model.config),
             "dtype": str(first.dtype).removeprefix("torch."),
             "n_layers": str(len(layers)),
             "n_heads": str(first.n_heads),
@@ -107,8 +108,9 @@ class SavedCaches(Cache):
         if self.profile is not None:
             metadata["profile"] = json.dumps(dict(self.profile.metadata), sort_keys=True)
             tensors |= {"profile.budgets": self.profile.budgets, "profile.keep": self.profile.keep}
-        if self._image_mask is not None:
-            tensors["image_mask"] = self._image_mask
+        deltas = self._position_deltas if model is None else deltas_of(model)
+        tensors |= {} if deltas is None else {"position_deltas": deltas}
+        tensors |= {} if self._image_mask is None else {"image_mask": self._image_mask}
         write_atomically(path, encode(tensors, metadata))
 
     @classmethod
@@ -127,7 +129,18 @@ class SavedCaches(Cache):
         with open_tensors(path) as file:
             metadata = check_metadata(file.metadata, model)
             check_tokens(metadata.get("tokens"), input_ids)
-            return Reader(file, metadata, model).cache(cls)
+            cache = Reader(file, metadata, model).cache(cls)
+        cache.restore_positions(model)
+        return cache
+
+    def restore_positions(self, model: Any) -> None:
+        """Make a model with M-RoPE go on where this cache's context ended, after it has read another one.
+
+        Such models hold the position of the next token as a state of their own (`rope_deltas`), that of the last prompt
+        they read. Other models are left as they are, and so is the model of a cache that `generate` has filled.
+        """
+        if self._position_deltas is not None and hasattr(getattr(model, "model", None), "rope_deltas"):
+            model.model.rope_deltas = self._position_deltas.clone()
 
     def _segments(self) -> Iterator[Segment]:
         for layer in self.layers:
@@ -182,6 +195,13 @@ def _tensors(layer: Any, index: int) -> Iterator[tuple[str, Tensor]]:
 def _counters(row: Eviction, queued: int) -> list[int]:
     found = (getattr(row, name, None) for name in COUNTERS[:-1])
     return [*(-1 if each is None else each for each in found), queued]
+
+
+def deltas_of(model: Any) -> Tensor | None:
+    """Where positions go on behind what a model with M-RoPE has read last, int64 [batch, 1]; None: no such model."""
+    holder = getattr(model, "model", None)
+    deltas = getattr(holder, "rope_deltas", None)
+    return deltas.clone() if isinstance(deltas, Tensor) and deltas.dtype == torch.int64 else None
 
 
 def _library_version() -> str:

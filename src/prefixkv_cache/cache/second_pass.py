@@ -8,6 +8,7 @@ looks for is in reconstruct.py.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,12 @@ class Fed:
 
     def __init__(self) -> None:
         self._parts: list[dict[str, Any]] = []
+        self._thread = threading.get_ident()
 
     def note(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook."""
+        """The hook. What another thread asks of the same model at that time is none of ours."""
+        if threading.get_ident() != self._thread:
+            return
         given = {**({"input_ids": args[0]} if args else {}), **kwargs}
         self._parts.append({name: given.get(name) for name in ("inputs_embeds", "input_ids", "position_ids")})
 
