@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ from prefixkv_cache.calibration.calibrate import describe_model, find, weigh
 from prefixkv_cache.calibration.measure import _kept_mask
 from prefixkv_cache.calibration.observe import ObservedCache
 from prefixkv_cache.calibration.plan import DEFAULT_BUDGETS, Plan, make_profile, mean_costs, measured_field
-from prefixkv_cache.methods import DEFAULT, Method
+from prefixkv_cache.methods import Method
 from prefixkv_cache.profiles.profile import PrefixProfile
 from prefixkv_cache.rules.importance import DEFAULT_MAX_BYTES
 from prefixkv_cache.rules.scoring import join_heads
@@ -42,7 +43,6 @@ from prefixkv_cache.tools.tasks.tasks import TASKS, Case, cases, lookup, summary
 BUDGETS = (0.5, 0.2, 0.1)
 ANSWER_TOKENS = 32
 BASELINES = ("snapkv", "h2o", "uniform", "random", "prefixkv", "streaming", "pyramidkv", "keydiff")
-FLOOR = 28
 VARIANTS = (
     "context=0",
     "context=all",
@@ -231,7 +231,7 @@ def _with_profiles(options: argparse.Namespace) -> dict[str, tuple[Method, Prefi
 def profile(options: argparse.Namespace) -> None:
     """Lengths by reconstruction from summaries and look-ups of the choose split, measured on other passages of it."""
     model, tokenizer = load()
-    method = DEFAULT.replace(floor=options.floor)
+    method = Method.parse(options.method)
     plan = Plan(method, "reconstruction", options.unit, DEFAULT_BUDGETS)
     samples = [_sample(tokenizer, index) for index in range(options.samples)]
     found = []
@@ -289,28 +289,37 @@ def means(found: list[dict[str, Any]], field: str) -> dict[str, dict[str, list[f
 
 def worst_ratio(kl: Mapping[str, Mapping[str, list[float]]], name: str) -> tuple[float, float]:
     """The largest KL of a candidate over that of the best baseline, over all cells; and the share of cells it wins."""
+    baselines = [each for each in BASELINES if each in kl and each != name]
     ratios = [
-        (kl[name][task][place] + 1e-3) / (min(kl[each][task][place] for each in BASELINES if each in kl) + 1e-3)
+        (kl[name][task][place] + 1e-3) / (min(kl[each][task][place] for each in baselines) + 1e-3)
         for task in kl[name]
         for place in range(len(BUDGETS))
+        if baselines
     ]
-    return max(ratios), fmean(ratio < 1 for ratio in ratios)
+    return (max(ratios), fmean(ratio < 1 for ratio in ratios)) if ratios else (math.nan, math.nan)
 
 
 def table(options: argparse.Namespace) -> None:
-    """Markdown: KL, agreement or exact answers at each budget, one number a cell."""
+    """Markdown: a table for each budget, one number a cell; then each candidate against the best baseline of a cell."""
     found = [row for row in rows(options.files) if row["length"] == options.length]
     kl, shown = means(found, "kl"), means(found, options.field)
     tasks = list(next(iter(kl.values())))
-    counts = {task: sum(row["task"] == task for row in found) for task in tasks}
-    print(f"cases: {counts}; tokens: {min(r['tokens'] for r in found)} to {max(r['tokens'] for r in found)}\n")
-    heads = [f"{task} {budget:.0%}" for task in tasks for budget in BUDGETS]
-    print("| " + " | ".join([options.field, *heads, "worst ratio", "cells won"]) + " |")
-    print("| --- " * (len(heads) + 3) + "|")
-    for name, of_task in shown.items():
+    counts = ", ".join(f"{sum(row['task'] == task for row in found)} {task}" for task in tasks)
+    print(f"Cases: {counts}; prompts of {min(r['tokens'] for r in found)} to {max(r['tokens'] for r in found)} tokens.")
+    for place, budget in enumerate(BUDGETS):
+        print(
+            f"\n| {options.field} at {budget:.0%} | " + " | ".join(tasks) + " |" + "\n|" + " --- |" * (len(tasks) + 1)
+        )
+        for name, of_task in shown.items():
+            print("| " + " | ".join([f"`{name}`", *(_number(of_task[task][place]) for task in tasks)]) + " |")
+    print("\n| KL | worst ratio | cells won |\n| --- | --- | --- |")
+    for name in kl:
         worst, won = worst_ratio(kl, name)
-        cells = [f"{value:.{3 if value < 0.1 else 2}f}" for task in tasks for value in of_task[task]]
-        print("| " + " | ".join([name, *cells, f"{worst:.2f}", f"{won:.2f}"]) + " |")
+        print(f"| `{name}` | {worst:.1f} | {won:.2f} |")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def main() -> None:
@@ -324,13 +333,13 @@ def main() -> None:
         command.add_argument("--tasks", default=",".join(TASKS))
         command.add_argument("--methods", default="", help="spellings, with commas between, instead of all")
         command.add_argument("--profiles", default="", help="name=file,name=file")
-        command.add_argument("--ranked-by", default=f"default,default:floor={FLOOR}", help="methods of the profiles")
+        command.add_argument("--ranked-by", default="default,default:floor=28", help="methods of the profiles")
         command.set_defaults(work=work)
     command = commands.add_parser("profile", help=profile.__doc__)
     command.add_argument("--out", required=True)
     command.add_argument("--unit", choices=("head", "layer"), default="head")
     command.add_argument("--samples", type=int, default=OF_PROFILE)
-    command.add_argument("--floor", type=int, default=FLOOR)
+    command.add_argument("--method", default="default:queries=16;recent=0.1", help="how the cache ranks")
     command.set_defaults(work=profile)
     command = commands.add_parser("table", help=table.__doc__)
     command.add_argument("files", nargs="+")

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 import compat
 import models
@@ -131,6 +131,19 @@ def test_a_batch_is_its_members(family):
         together, single = positions(cache, row), positions(alone)
         for layer in layers:
             assert together[layer] == [[at + padding for at in head] for head in single[layer]]
+
+
+def test_rows_of_a_model_with_learned_positions():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=models.VOCABULARY, n_positions=64)
+    model = GPT2LMHeadModel(config).eval().double()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.25)
+    ids = models.words(2, 40)
+    ids[1, :9] = 0
+    cache = PrefixKVCache.compress(model, {"input_ids": ids, "attention_mask": (ids > 0).long()}, 0.4, chunk=10)
+    alone = PrefixKVCache.compress(model, {"input_ids": ids[1:, 9:]}, 0.4, chunk=10)
+    for together, single in zip(positions(cache, 1), positions(alone), strict=True):
+        assert together == [[at + 9 for at in head] for head in single]
 
 
 def test_more_budget_never_keeps_less():
@@ -288,6 +301,9 @@ def test_nothing_is_left_behind():
     cache = PrefixKVCache.compress(model, text(40), 0.3)
     hooks = [module for module in model.modules() if module._forward_pre_hooks]
     assert not hooks
+    gc.collect()
+    tensors = (each for each in gc.get_objects() if type(each) is torch.Tensor)
+    assert not [each for each in tensors if each.ndim == 4 and each.shape[2] == 40 and each.is_floating_point()]
     del cache
     compressed.cache_clear()
     gc.collect()

@@ -163,7 +163,8 @@ class Naive:
         assert all(len(set(heads)) == 1 for heads in counts.values())
         found = [heads[0] for heads in counts.values()]
         check_lengths([mean_over_heads(heads) for heads in scores.values()], found, setup.budget, least - 1)
-        enough = round(setup.budget * setup.n_layers * n) >= setup.n_layers * least
+        n_heads = setup.n_layers * setup.kv_heads
+        enough = round(setup.budget * n_heads * n) >= n_heads * least
         for layer, count in enumerate(found):
             for head in self.rule.heads[layer][row]:
                 head.ratio = count / n if enough else setup.budget
@@ -185,6 +186,14 @@ class Naive:
         self.fed = self.fed[:, :, rows]
         heads = self.rule.heads
         self.rule.heads = {layer: [copy.deepcopy(heads[layer][row]) for row in rows] for layer in heads}
+
+    def uneven(self, removed):
+        """Whether heads that are stored together would be left with different numbers of pairs."""
+        left = {}
+        for layer, row, head in self.rule._all():
+            count = sum(position < self.seen - removed for position in head.kept)
+            left.setdefault((layer, row, head.ratio), set()).add(count)
+        return removed < self.seen and any(len(counts) > 1 for counts in left.values())
 
     def crop(self, removed, tokens):
         """The newest tokens were never fed; what had left for them is gone. tokens: row -> valid ones that are left."""

@@ -284,7 +284,7 @@ class Rule:
                 counts = {layer: [count] * n_heads[layer] for layer, count in zip(layers, found, strict=True)}
             else:
                 counts = dict(zip(layers, self._pool(list(scores.values()), n, budget), strict=True))
-            if round(budget * len(layers) * n) >= least * len(layers):  # else nothing was found out
+            if round(budget * sum(n_heads.values()) * n) >= least * sum(n_heads.values()):  # else nothing was found out
                 ratios = {layer: [count / n for count in counts[layer]] for layer in layers}
         else:
             counts = {

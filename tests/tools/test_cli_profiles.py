@@ -339,5 +339,5 @@ def test_plot_refuses_bad_input_and_leaves_nothing(run, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = run("plot", "llava-1.5-7b", "--out", tmp_path / "p.png")
-    assert status == 2 and "pip install 'prefixkv-cache[plot]'" in err
+    assert status == 2 and "pip install '.[plot]' in a checkout" in err
     assert not files_in(tmp_path)

@@ -27,7 +27,7 @@ from .call import AttentionCall
 from .compat import SEES_EAGER, empty_after_reset
 from .compress import CompressedCaches
 from .decode import eviction_policy
-from .guards import ModelFacts, check_image_mask, explain_unseen_layer, image_mask_of, refuse_eager
+from .guards import ModelFacts, check_image_mask, check_in_step, explain_unseen_layer, image_mask_of, refuse_eager
 from .hook import HandedOut, hand_out, hand_out_compiled, hold_hook
 from .layer import PrunedLayer
 from .lengths import LengthSource, length_source
@@ -228,7 +228,7 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
             keys, values = layer.update(key_states, value_states)
             return hand_out_compiled(keys, layer.take_shown()), values
         if not layer.planned or key_states.shape[2] > 1:
-            self._check_in_step(layer, layer_idx, key_states.shape[2])
+            check_in_step(self.layers[self._facts.first], layer, layer_idx, key_states.shape[2])
         if self.offloading:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         else:
@@ -322,15 +322,6 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
     def _waiting(self) -> list[PrunedLayer]:
         """Layers whose prompt is not pruned yet."""
         return [layer for layer in self.layers if isinstance(layer, PrunedLayer) and layer.prompt is not None]
-
-    def _check_in_step(self, layer: PrunedLayer, layer_idx: int, n_new: int) -> None:
-        """All layers are fed the same tokens; if they were not, an earlier forward broke off on the way."""
-        first = self.layers[self._facts.first]
-        if isinstance(first, PrunedLayer) and first is not layer and layer.seen + n_new != first.seen:
-            raise RuntimeError(
-                f"layer {layer_idx} has seen {layer.seen} tokens where the first has seen {first.seen - n_new}: an "
-                "earlier forward was interrupted; call cache.reset()"
-            )
 
     def _settle(self, layer_idx: int | None = None) -> None:
         """Prune what still waits for the last layer; refuse to go on where the attention was never seen."""

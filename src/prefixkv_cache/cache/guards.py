@@ -164,6 +164,25 @@ def _wrong_depth(profile: PrefixProfile, found: str) -> ProfileError:
     )
 
 
+def check_in_step(first: Any, layer: Any, layer_idx: int, n_new: int) -> None:
+    """All layers are fed the same tokens; if they were not, an earlier forward broke off on the way.
+
+    Args:
+        first: the first prunable layer.
+        layer: that is being fed, with its index.
+        layer_idx: of the model.
+        n_new: tokens fed.
+
+    Raises:
+        RuntimeError: the layers are out of step.
+    """
+    if layer is not first and layer.seen + n_new != first.seen:
+        raise RuntimeError(
+            f"layer {layer_idx} has seen {layer.seen} tokens where the first has seen {first.seen - n_new}: an "
+            "earlier forward was interrupted; call cache.reset()"
+        )
+
+
 def check_image_mask(mask: Any) -> Tensor | None:
     """The mask, or a TypeError or ValueError that says what it must be."""
     if mask is None:

@@ -33,6 +33,7 @@ FORMAT, FORMAT_VERSION = "prefixkv-cache", "1"
 MAX_LAYERS, MAX_TOKENS, MAX_STEPS = 1024, 2**31, 2**17
 _REQUIRED = ("format", "format_version", "library_version", "model", "dtype", "n_layers", "n_heads", "batch", "seen",
              "method", "budget", "max_new_tokens", "layers", "sha256")  # fmt: skip
+KEYLESS = "DummyLayer"  # of layers that read the keys of another one
 COUNTERS = ("stored", "seen", "point", "first_origin", "began", "queue")  # columns of `rows`; -1: None
 
 _TOKENS = re.compile("[0-9]{1,9}:[0-9a-f]{64}")
@@ -160,6 +161,8 @@ class Reader:
     # Each layer's claims, before its tensors are read.
 
     def _check_layer(self, index: int, told: dict[str, Any]) -> None:
+        if not told:
+            return
         if "segments" not in told:
             _expect(f"layers[{index}].seen", told.get("seen"), self._seen)
             for name in ("keys", "values"):
@@ -225,7 +228,9 @@ class Reader:
             layer.stored, layer._seen = StoredPairs(made, self._heads), self._seen
             layer._planned_steps = layer._steps_planned_for(self._seen)
             return
-        _expect(f"layers[{index}]", type(layer).__name__, DynamicSlidingWindowLayer.__name__)
+        _expect(f"layers[{index}]", type(layer).__name__, DynamicSlidingWindowLayer.__name__ if told else KEYLESS)
+        if not told:
+            return
         keys, values = self._read[f"{index}.keys"], self._read[f"{index}.values"]
         held = min(self._seen, layer.sliding_window - 1)
         _need(keys.shape[:3] == values.shape[:3] and keys.shape[2] == held, f"{index}.keys", f"{held} pairs")

@@ -23,7 +23,18 @@ from ..profiles.files import write_atomically
 from ..profiles.profile import PrefixProfile
 from ..rules.eviction import Eviction
 from .layer import PrunedLayer
-from .loaded import COUNTERS, FORMAT, FORMAT_VERSION, MAX_STEPS, Reader, check_metadata, check_tokens, hash_of, name_of
+from .loaded import (
+    COUNTERS,
+    FORMAT,
+    FORMAT_VERSION,
+    KEYLESS,
+    MAX_STEPS,
+    Reader,
+    check_metadata,
+    check_tokens,
+    hash_of,
+    name_of,
+)
 from .segments import Segment
 from .tensor_file import encode, open_tensors
 
@@ -108,7 +119,7 @@ class SavedCaches(Cache):
         if self.profile is not None:
             metadata["profile"] = json.dumps(dict(self.profile.metadata), sort_keys=True)
             tensors |= {"profile.budgets": self.profile.budgets, "profile.keep": self.profile.keep}
-        deltas = self._position_deltas if model is None else deltas_of(model)
+        deltas = deltas_of(model) if self._position_deltas is None else self._position_deltas
         tensors |= {} if deltas is None else {"position_deltas": deltas}
         tensors |= {} if self._image_mask is None else {"image_mask": self._image_mask}
         write_atomically(path, encode(tensors, metadata))
@@ -156,6 +167,8 @@ def _describe(layer: Any, index: int) -> dict[str, Any]:
     """What of a layer is no tensor."""
     if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not getattr(layer, "record_past", False):
         return {"seen": layer.cumulative_length}
+    if type(layer).__name__ == KEYLESS:
+        return {}
     if not isinstance(layer, PrunedLayer):
         raise ValueError(f"layer {index} is a {type(layer).__name__}; caches with such layers cannot be saved")
     if not layer.segments:
@@ -177,7 +190,8 @@ def _describe(layer: Any, index: int) -> dict[str, Any]:
 
 def _tensors(layer: Any, index: int) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(layer, PrunedLayer):
-        yield from ((f"{index}.{name}", getattr(layer, name)) for name in ("keys", "values"))
+        names = () if type(layer).__name__ == KEYLESS else ("keys", "values")
+        yield from ((f"{index}.{name}", getattr(layer, name)) for name in names)
         return
     for place, segment in enumerate(layer.segments):
         prefix, rows = f"{index}.{place}.", segment._step.rows

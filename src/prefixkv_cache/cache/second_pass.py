@@ -261,5 +261,7 @@ class SecondPass:
         first = own if valid is None else own.masked_fill(~valid, int(own.max()))
         first = first.amin(-1, keepdim=True)
         first = first if first.ndim == 2 else first.amin(0, keepdim=True)
+        again = own - first + self._base + len(self._request)
+        again = again if valid is None else again.masked_fill(~valid, 0)
         asked = torch.arange(len(self._request), device=own.device).expand(*own.shape[:-1], -1)
-        return torch.cat([self._base + asked, own - first + self._base + len(self._request)], dim=-1)
+        return torch.cat([self._base + asked, again], dim=-1)
