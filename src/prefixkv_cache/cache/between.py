@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .compat import crops_to_nothing
+from .layer import PrunedLayer
 
 
 class BetweenForwards(Cache):
@@ -37,6 +38,9 @@ class BetweenForwards(Cache):
         self._settle()
         if crops_to_nothing(tokens_to_remove):
             return
+        for layer in self.layers:
+            if isinstance(layer, PrunedLayer):
+                layer.check_crop(tokens_to_remove)
         before = int(self.get_seq_length())
         super().crop(tokens_to_remove)
         left = int(self.get_seq_length())

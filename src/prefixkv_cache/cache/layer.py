@@ -175,7 +175,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if (n_new := key_states.shape[2]) == 0:
             raise ValueError("the prompt has no tokens; a cache layer needs at least one")
         if self.segments:
-            self._check(key_states)
+            self.stored.check_keys(key_states)
         if self.segments and n_new == 1:
             self._shown = shown = self._decode(key_states.detach(), value_states.detach())
         else:
@@ -196,20 +196,6 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         """What the backend shall see of the last `update`, by segment; asked for once."""
         shown, self._shown = self._shown, []
         return shown
-
-    def _check(self, key_states: Tensor) -> None:
-        batch, heads, _, head_dim = key_states.shape
-        stored = self.segments[0].stored.keys.shape
-        if batch != stored[0]:
-            raise ValueError(
-                f"got a batch of {batch} for a cache that holds {stored[0]} rows; "
-                "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
-            )
-        if heads != self.n_heads or head_dim != stored[3]:
-            raise ValueError(
-                f"got keys of {heads} heads of {head_dim} for a cache that holds {self.n_heads} heads of {stored[3]}; "
-                "this is another model: call cache.reset() first"
-            )
 
     def _begin_prompt(self, keys: Tensor, values: Tensor) -> list[Shown]:
         n_new = keys.shape[2]
@@ -290,8 +276,8 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         plan = self.stored.plan
         return 0 if plan is None else (self.rule.max_new_tokens or 0) - (plan.last - seen)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` cannot do, before any layer is changed.
 
         Raises:
             ValueError: a positive number, more tokens than were seen, or heads would be left with different numbers.
@@ -301,6 +287,16 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
                 f"crop takes minus the number of tokens to remove, from {-self.seen} to 0; got {tokens_to_remove}"
                 f"{explain_crop()}"
             )
+        if tokens_to_remove:
+            self.stored.check_crop(self.seen + tokens_to_remove, -tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.
+
+        Raises:
+            ValueError: see `check_crop`.
+        """
+        self.check_crop(tokens_to_remove)
         if tokens_to_remove == 0 or not self.segments:
             return
         seen, end = self.seen, self.seen + tokens_to_remove

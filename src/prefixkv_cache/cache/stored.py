@@ -62,6 +62,25 @@ class StoredPairs:
             joined[:, heads, : part.shape[2]] = part.expand(-1, len(heads), *part.shape[2:])
         return joined
 
+    def check_keys(self, keys: Tensor) -> None:
+        """Refuse new keys, [batch, heads, n_new, head_dim], that do not belong to the stored ones.
+
+        Raises:
+            ValueError: another batch, or another model.
+        """
+        batch, heads, _, head_dim = keys.shape
+        rows, _, _, size = self.segments[0].stored.keys.shape
+        if batch != rows:
+            raise ValueError(
+                f"got a batch of {batch} for a cache that holds {rows} rows; "
+                "call cache.reset() before an unrelated prompt, or cache.batch_repeat_interleave(n)"
+            )
+        if heads != self.n_heads or head_dim != size:
+            raise ValueError(
+                f"got keys of {heads} heads of {head_dim} for a cache that holds {self.n_heads} heads of {size}; "
+                "this is another model: call cache.reset() first"
+            )
+
     def append(self, keys: Tensor, values: Tensor, seen: int) -> list[Shown]:
         """Write one token's pair, [batch, heads, 1, head_dim]; return what the backend shall see."""
         written = [segment.append(segment.own(keys), segment.own(values), seen) for segment in self.segments]
@@ -107,19 +126,22 @@ class StoredPairs:
         for segment in self.segments:
             segment.select_rows(indices, seen)
 
-    def crop(self, end: int, removed: int, seen: int) -> None:
-        """Take back the tokens from position `end` on, `removed` of them.
+    def check_crop(self, end: int, removed: int) -> None:
+        """Refuse to take back the tokens from position `end` on where key heads would be left with different numbers.
 
         Raises:
-            ValueError: key heads would be left with different numbers of pairs. Nothing is changed then.
+            ValueError: they would.
         """
-        for segment in self.segments:
+        for segment in self.segments if end else ():
             held = segment.held_before(end)
             if bool((held != held[:, :1]).any()):
                 raise ValueError(
                     f"cannot take back {removed} tokens: heads keep keys of their own here, and would be left with "
                     "different numbers of them; call cache.reset(), or use heads='mean'"
                 )
+
+    def crop(self, end: int, removed: int, seen: int) -> None:
+        """Take back the tokens from position `end` on, `removed` of them; asked for after `check_crop`."""
         for segment in self.segments:
             segment.crop(end, removed, seen)
 

@@ -197,7 +197,8 @@ def plot_profiles(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install '.[plot]' in a checkout, 'prefixkv-cache[plot]' elsewhere") from error
+        cure = "pip install '.[plot]' in a checkout, 'prefixkv-cache[plot]' elsewhere"
+        raise ImportError(f"drawing needs matplotlib: {cure}") from error
     # Everything is kept at 1: a line along the upper edge says nothing.
     lines = {name: {b: keep for b, keep in of.items() if b < 1} or of for name, of in ratios.items()}
     maps = {name: len(lines[name]) if profile.n_heads > 1 else 0 for name, profile in profiles.items()}

@@ -71,7 +71,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             write_atomically(out / TABLE, csv_text(rows))
             write_atomically(out / SUMMARY, summary_text(tasks, reference, title))
             write_atomically(out / RUN, json.dumps(run, indent=2) + "\n")
-            drawn = f"{len(draw_all(tasks, out))} drawings" if have_matplotlib() else "no drawings (they need matplotlib: the extra plot)"
+            none = "no drawings (they need matplotlib: the extra plot)"
+            drawn = f"{len(draw_all(tasks, out))} drawings" if have_matplotlib() else none
             print(f"{out}: {len(rows)} rows in {TABLE}, {SUMMARY}, {RUN}, {drawn}")
 
 
