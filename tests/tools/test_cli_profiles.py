@@ -38,22 +38,6 @@ def home(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process; returns exit status, standard output and standard error."""
-
-    def run(*arguments):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as ended:  # argparse
-            status = ended.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return status, out, err
-
-    return run
-
-
 def calibrate_arguments(home, out, *more):
     return ["calibrate", "--by", "mass", "--model", home / "model", "--data", home / "data.json",
             "--images", home / "images", "--out", out, *GRID, *more]  # fmt: skip

@@ -175,7 +175,7 @@ def test_the_verdict(text, nbytes, said):
 
 
 def test_a_budget_may_be_a_number_of_pairs(scene_vlm, scene):
-    report = collect(scene_vlm, scene, [0.5, 40, 10_000])
+    report = collect(scene_vlm, scene, [0.5, 40, 10_000], profile=None)
     data = page_data(render_page(report))
     n_tokens = len(data["tokens"])
     assert [each["label"] for each in data["budgets"]] == ["40 pairs", "50 %", "10000 pairs"]
