@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import compat
 from oracle import Given, Oracle, feed
 from watch import CLOSE, Case, Watch
 
 
+@compat.needs_eager
 @pytest.mark.parametrize("family", ["llava_mha", "llava_gqa", "qwen2_5_vl", "gemma3"])
 def test_weights_are_those_of_the_masked_full_cache(family):
     case = Case("snapkv:queries=8;recent=8", family, attn="eager", profile="head", turns=(6,))
