@@ -14,7 +14,6 @@ from prefixkv_cache.rules.lengths import (
     dithered_count,
     pool_counts,
     prompt_count,
-    prompt_counts,
     pyramid_ratios,
     raise_to_floor,
 )
@@ -23,7 +22,7 @@ some = settings(max_examples=150, deadline=None)
 budgets = st.floats(0.01, 1.0)
 shares = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0.0, 1.0))
 
-# prompt_count and prompt_counts
+# prompt_count
 
 
 def half_to_even(exact):
@@ -39,41 +38,10 @@ def test_a_count_by_exact_fractions(ratio, n, sink):
     assert prompt_count(ratio, n, sink) == wanted
 
 
-@some
-@given(st.lists(shares, min_size=1, max_size=6), st.lists(st.integers(0, 3000), min_size=1, max_size=3),
-       st.integers(0, 5))  # fmt: skip
-def test_many_counts_are_one_each(ratios, lengths, sink):
-    keep = torch.tensor([ratios, ratios[::-1]], dtype=torch.float64)
-    found = prompt_counts(keep, torch.tensor(lengths), sink)
-    assert found.dtype == torch.int64
-    assert found.tolist() == [
-        [[prompt_count(ratio, n, sink) for n in lengths] for ratio in row] for row in keep.tolist()
-    ]
-    assert prompt_counts(keep, lengths[0], sink).tolist() == found[..., 0].tolist()
-
-
 def test_counts_by_hand():
     assert [prompt_count(keep, 10) for keep in (1.0, 0.75, 0.65, 0.55, 0.0)] == [10, 8, 6, 6, 2]
     assert [prompt_count(0.5, n) for n in (1, 5, 7, 9, 11)] == [1, 3, 3, 5, 5]
     assert prompt_count(0.0, 9, 3) == 4 and prompt_count(0.0, 2, 3) == 2
-
-
-@pytest.mark.parametrize(
-    ("keep", "n_tokens", "sink", "error"),
-    [
-        (torch.tensor([0.5]), 9, 1, TypeError),
-        (torch.tensor([1.5]).double(), 9, 1, ValueError),
-        (torch.tensor([math.nan]).double(), 9, 1, ValueError),
-        (torch.tensor([0.5]).double(), 9.0, 1, TypeError),
-        (torch.tensor([0.5]).double(), True, 1, TypeError),
-        (torch.tensor([0.5]).double(), torch.tensor([9.0]), 1, TypeError),
-        (torch.tensor([0.5]).double(), -1, 1, ValueError),
-        (torch.tensor([0.5]).double(), 9, -1, ValueError),
-    ],
-)
-def test_what_no_count_can_be_made_of(keep, n_tokens, sink, error):
-    with pytest.raises(error, match=r"keep has|n_tokens is"):
-        prompt_counts(keep, n_tokens, sink)
 
 
 # pyramid_ratios

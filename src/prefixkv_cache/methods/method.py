@@ -131,11 +131,6 @@ class Decode:
                 )
         _set(self, "headroom", _check_tokens("headroom", self.headroom, 0))
 
-    @property
-    def nothing_leaves(self) -> bool:
-        """Whether pairs only come while decoding."""
-        return self.evict == "fixed-point" and self.distance is None
-
 
 @dataclass(frozen=True)
 class Method:

@@ -7,9 +7,7 @@ Ratios come from a profile or from one of the shapes here; `prompt_count` makes 
 
 from __future__ import annotations
 
-import numbers
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,44 +25,6 @@ def prompt_count(ratio: float, n: int, sink: int = 1) -> int:
         sink: the first tokens, which are never pruned.
     """
     return min(n, max(sink + 1, n - round(n * (1 - ratio))))
-
-
-def prompt_counts(keep: Tensor, n_tokens: int | Tensor, sink: int = 1) -> Tensor:
-    """`prompt_count` for many ratios and rows, in float64: with the published figures, what the reference keeps.
-
-    Args:
-        keep: float64 of any shape, keep ratios in [0, 1].
-        n_tokens: N, the prompt's valid tokens: an int, or an integer tensor [batch].
-        sink: the first tokens, which are never pruned.
-
-    Returns:
-        int64 [*keep.shape] for an int, [*keep.shape, batch] for a tensor, on the device of `keep`.
-
-    Raises:
-        TypeError: `n_tokens` is not an integer or a tensor of integers, or `keep` is not float64.
-        ValueError: `n_tokens` or `sink` is negative, or a keep ratio lies outside [0, 1].
-    """
-    if keep.dtype != torch.float64:
-        raise TypeError(f"keep has dtype {keep.dtype}; expected torch.float64 (`.double()`)")
-    if not bool(((keep >= 0) & (keep <= 1)).all()):
-        raise ValueError(f"keep has values outside [0, 1]: {keep.tolist()}")
-    n = _token_counts(n_tokens).to(keep.device)
-    if sink < 0 or bool((n < 0).any()):
-        raise ValueError(f"n_tokens is {n_tokens!r} and sink is {sink!r}; neither may be negative")
-    ratios = keep.reshape(keep.shape + (1,) * n.ndim)
-    kept = n - torch.round(n * (1 - ratios)).to(torch.int64)
-    return torch.minimum(kept.clamp(min=sink + 1), n)
-
-
-def _token_counts(n_tokens: Any) -> Tensor:
-    """`n_tokens` as an int64 tensor, 0-dim for an int."""
-    if isinstance(n_tokens, Tensor):
-        is_integer = not (n_tokens.is_floating_point() or n_tokens.is_complex() or n_tokens.dtype == torch.bool)
-    else:
-        is_integer = isinstance(n_tokens, numbers.Integral) and not isinstance(n_tokens, bool)
-    if not is_integer:
-        raise TypeError(f"n_tokens is {n_tokens!r}; expected an int or a tensor of ints")
-    return torch.as_tensor(n_tokens, dtype=torch.int64)
 
 
 def pyramid_ratios(budget: float, n_layers: int, steepness: float = 20.0) -> list[float]:
