@@ -163,13 +163,13 @@ def _count_for_old_pairs(layer: PrunedLayer, calls: Sequence[AttentionCall], pro
 
 def kept_of_prompt(prompt: Prompt, share: Share, method: Method) -> list[Kept]:
     """What each segment-to-be keeps of a first prompt."""
-    sink = method.protect.sink
-    return [_keep(prompt, *segment, method, sink) for segment in share.by_segment()]
+    sink, protected = method.protect.sink, _protected_text(prompt, method.protect.text_floor)
+    return [_keep(prompt, *segment, method, sink, protected) for segment in share.by_segment()]
 
 
 def _kept_of_turn(layer: PrunedLayer, prompt: Prompt, method: Method, source: LengthSource) -> list[Kept]:
     """What each segment keeps of a later prompt: by the ratios that its rows have, and what its headroom allows."""
-    kept = []
+    kept, protected = [], _protected_text(prompt, method.protect.text_floor)
     for segment in layer.segments:
         ratios, allowances = segment.of_rows("keep", 0.0), segment.of_rows("allowance", 0)
         counts = [
@@ -177,7 +177,7 @@ def _kept_of_turn(layer: PrunedLayer, prompt: Prompt, method: Method, source: Le
             for ratio, allowance, n in zip(ratios, allowances, prompt.lengths, strict=True)
         ]
         heads = None if segment.group is None else segment.group.heads
-        kept.append(_keep(prompt, heads, counts, ratios, method, 0))
+        kept.append(_keep(prompt, heads, counts, ratios, method, 0, protected))
     return kept
 
 
@@ -188,6 +188,7 @@ def _keep(
     ratios: list[float],
     method: Method,
     sink: int,
+    protected: Tensor | None,
 ) -> Kept:
     scores = prompt.scores
     if scores is not None and heads is not None and scores.shape[1] > 1:
@@ -199,7 +200,7 @@ def _keep(
         valid=prompt.valid,
         sink=sink,
         recent=int(recent) if recent >= 1 else [round(recent * count) for count in counts],
-        protected=_protected_text(prompt, method.protect.text_floor),
+        protected=protected,
         n_keys=prompt.n_new,
         device=prompt.keys.device,
     )
