@@ -17,7 +17,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,35 +27,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixkv_cache.cache.call import AttentionCall
-from prefixkv_cache.cache.lengths import length_source
-from prefixkv_cache.cache.pipeline import score_call
-from prefixkv_cache.cache.prompt import Prompt
-from prefixkv_cache.calibration.calibrate import describe_model, find, weigh
-from prefixkv_cache.calibration.measure import _kept_mask
-from prefixkv_cache.calibration.observe import ObservedCache
-from prefixkv_cache.calibration.plan import DEFAULT_BUDGETS, Plan, make_profile, mean_costs, measured_field
+from prefixkv_cache.cache.guards import image_mask_of
+from prefixkv_cache.calibration.calibrate import calibrate
+from prefixkv_cache.calibration.measure import AnsweredPrompt
 from prefixkv_cache.methods import Method
 from prefixkv_cache.profiles.profile import PrefixProfile
-from prefixkv_cache.rules.importance import DEFAULT_MAX_BYTES
-from prefixkv_cache.rules.scoring import join_heads
 from prefixkv_cache.tools.tasks.passages import PASSAGE, digest, passages
 from prefixkv_cache.tools.tasks.tasks import TASKS, Case, cases, lookup, summary
 
 BUDGETS = (0.5, 0.2, 0.1)
+MODELS = Path(__file__).resolve().parents[1] / "models"
+VLMS = {"scenes": "scene-llava", "boards": "board-qwen2-vl"}
+ALL_TASKS = (*TASKS, *(f"{name} {task}" for name in VLMS for task in ("descriptions", "questions")))
 ANSWER_TOKENS = 32
 BASELINES = ("snapkv", "h2o", "uniform", "random", "prefixkv", "streaming", "pyramidkv", "keydiff")
 VARIANTS = (
+    "score=attention;recent=0.1",
+    "score=attention",
     "context=0",
     "context=all",
     "pooling=7",
-    "pooling_by=max",
-    "pooling=7;pooling_by=max",
     "value_norm=false",
-    "recent=8",
+    "queries=32",
+    "recent=1",
     "recent=0.1",
+    "recent=0.3",
 )
-FIRST_OF_PROFILE, OF_PROFILE, SET_ASIDE = 20, 8, 4  # passages of the choose split, behind those of its cases
+FIRST_OF_PROFILE = 20  # passages of the choose split before it are those of its cases
 Found = dict[str, list[dict[str, float]]]
 
 
@@ -67,140 +67,105 @@ def load() -> tuple[Any, Any]:
     return smollm.load()
 
 
-class Calls:
-    """Observer that keeps the prompt's attention calls, so that any method can rank its keys afterwards."""
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the cases that it is measured on.
 
-    def __init__(self) -> None:
-        self.of_layer: dict[int, AttentionCall] = {}
-
-    def wants_log_sum_exp(self, layer_idx: int) -> bool:
-        """It is not asked for."""
-        return False
-
-    def look(self, layer_idx: int, call: AttentionCall) -> None:
-        """Keep the call."""
-        self.of_layer.setdefault(layer_idx, call)
-
-
-class MeasuredCase:
-    """One case: the full cache, its answer and its distributions; `cost` says what a method changes.
-
-    Args:
-        model: with sdpa or eager attention.
-        tokens: of the prompt, of what is fed unmeasured, and of the answer, which is the model's own if empty.
+    Attributes:
+        model, tokenizer: as loaded; for a VLM, its processor.
+        cases: by task, (sample, answer given or None, image mask or None) for each case.
     """
 
-    @torch.no_grad()
-    def __init__(self, model: Any, tokens: tuple[list[int], list[int], list[int]]):
-        self.model, (prompt, lead, answer) = model, tokens
-        self.cache, calls = ObservedCache(model.config, stored=True), Calls()
-        self.cache.observer, self.n = calls, len(prompt)
-        last = model(input_ids=torch.tensor([prompt]), past_key_values=self.cache, logits_to_keep=1).logits
-        self.cache.observer, self._calls = None, calls.of_layer
-        self._saved = [dict(vars(layer)) for layer in self.cache.layers]
-        answer = answer or self._greedy(last)
-        self.n_answer = len(answer) if lead else len(answer) - 1  # the first may come from the prompt's own forward
-        self._fed = torch.tensor([[*lead, *answer[:-1]]])
-        self._answer = torch.tensor(answer[-self.n_answer :])
-        self._scores: dict[Any, dict[int, Tensor]] = {}
-        self._full = self._log_probs({})
+    model: Any
+    tokenizer: Any
+    cases: dict[str, list[Callable[[], tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]]]]
 
-    def _greedy(self, logits: Tensor) -> list[int]:
-        found, ends = [], self.model.generation_config.eos_token_id
-        for _ in range(ANSWER_TOKENS):
-            found.append(int(logits[0, -1].argmax()))
-            if found[-1] == ends:
-                break
-            logits = self.model(input_ids=torch.tensor([found[-1:]]), past_key_values=self.cache).logits
-        return found
 
-    @torch.no_grad()
-    def _log_probs(self, kept: Mapping[int, Tensor]) -> Tensor:
-        """[rows, n_answer, vocabulary]; a row for each row of `kept`, bool [rows, kv_heads, n] by layer."""
-        n_rows = next(iter(kept.values())).shape[0] if kept else 1
-        for layer, saved in zip(self.cache.layers, self._saved, strict=True):
-            vars(layer).clear()
-            vars(layer).update(saved)
-            layer.keys, layer.values = (pairs.expand(n_rows, -1, -1, -1) for pairs in (layer.keys, layer.values))
-        self.cache.kept = kept
-        fed = self._fed.expand(n_rows, -1)
-        logits = self.model(input_ids=fed, past_key_values=self.cache, logits_to_keep=self.n_answer).logits
-        return logits.log_softmax(-1)
+def text_subject(options: argparse.Namespace, split: str) -> Subject:
+    """SmolLM2 on the text tasks."""
+    model, tokenizer = load()
 
-    def _ranked(self, method: Method) -> dict[int, Tensor]:
-        """Scores [1, heads, n] by layer."""
-        key = (method.ranking, method.protect.sink)
-        if key not in self._scores:
-            self._scores[key] = {
-                index: join_heads(
-                    score_call(call, method, self.n, None, method.protect.sink, DEFAULT_MAX_BYTES), method.ranking.heads
+    def prepared(case: Case) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        prompt, lead, answer = (torch.tensor([part], dtype=torch.long) for part in case.tokens(tokenizer))
+        return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, (lead, answer) if case.answer else None
+
+    tasks = [task for task in options.tasks.split(",") if task in TASKS]
+    of_task = {task: cases(task, split, options.cases, options.length) for task in tasks}
+    found = {task: [partial(prepared, case) for case in own] for task, own in of_task.items()}
+    return Subject(model, tokenizer, found)
+
+
+def drawn_subject(name: str, options: argparse.Namespace, split: str) -> Subject:
+    """A vision model of this repository on pictures that it draws itself: descriptions and questions."""
+    from prefixkv_cache.tools.evaluate.tasks import drawn_samples
+    from prefixkv_cache.tools.loading import load_model, prepare
+
+    model, processor = load_model(str(MODELS / VLMS[name]))
+    split = {"choose": "validation", "report": "test"}[split]
+    found: dict[str, list[Any]] = {}
+    for sample in drawn_samples(name, split=split, n=options.cases, limit=ANSWER_TOKENS * 4):
+        task = f"{name} {sample.task}"
+        if task in options.tasks.split(","):
+            found.setdefault(task, []).append(
+                lambda sample=sample: (
+                    dict(prepare(processor, [(sample.prompt, sample.pictures())], model.device)),
+                    None,
                 )
-                for index, call in self._calls.items()
-            }
-        return self._scores[key]
+            )
+    return Subject(model, processor, found)
 
-    def kept(self, method: Method, profile: PrefixProfile | None, budget: float) -> dict[int, Tensor]:
-        """What a cache keeps of the prompt: bool [1, kv_heads, n] by layer."""
-        scores = self._ranked(method)
-        prompts = [
-            Prompt(call.key, call.value, [], scores=scores[index], scores_of_all=scores[index], lengths=[self.n])
-            for index, call in self._calls.items()
-        ]
-        source = length_source(method, profile, budget, len(prompts))
-        shares = source.shares(prompts, range(len(prompts)))
-        return {
-            index: _kept_mask(prompt, share, method)
-            for index, prompt, share in zip(self._calls, prompts, shares, strict=True)
-        }
 
-    def costs(self, method: Method, profile: PrefixProfile | None) -> list[dict[str, float]]:
-        """What pruning costs at each of `BUDGETS`, in one forward of as many rows.
+def answered(
+    model: Any, sample: dict[str, Tensor], given: tuple[Tensor, Tensor] | None, methods: Iterable[Method]
+) -> AnsweredPrompt:
+    """One case: the full cache, its answer and its distributions."""
+    image = image_mask_of(sample, model.config) if "pixel_values" in sample else None
+    tokens = ANSWER_TOKENS if image is None else 4 * ANSWER_TOKENS
+    return AnsweredPrompt(model, sample, list(methods), image=image, answer_tokens=tokens, given=given)
 
-        `kl`, `agreement`: against the full cache. `exact`: whether every token of the answer is the likeliest, and
-        `full_exact`: with the full cache. `held`: pairs, as a fraction of all.
-        """
-        by_budget = [self.kept(method, profile, budget) for budget in BUDGETS]
-        pruned = self._log_probs({index: torch.cat([kept[index] for kept in by_budget]) for index in self._calls})
-        return [self._cost(row, kept) for row, kept in zip(pruned, by_budget, strict=True)]
 
-    def _cost(self, pruned: Tensor, kept: Mapping[int, Tensor]) -> dict[str, float]:
-        full = self._full[0]
-        own, best = pruned.argmax(-1), full.argmax(-1)
-        return {
-            "kl": (full.exp() * (full - pruned)).sum(-1).clamp_min(0).mean().item(),
-            "agreement": (own == best).double().mean().item(),
-            "exact": float(torch.equal(own, self._answer)),
-            "full_exact": float(torch.equal(best, self._answer)),
+def costs(case: AnsweredPrompt, method: Method, profile: PrefixProfile | None) -> list[dict[str, float]]:
+    """What pruning costs at each of `BUDGETS`.
+
+    `kl`, `agreement`: against the full cache. `exact`: whether every token of the answer is the likeliest, and
+    `full_exact`: with the full cache. `held`: pairs, as a fraction of all.
+    """
+    by_budget = [case.kept(method, profile, budget) for budget in BUDGETS]
+    full = case.full_exact().item()
+    return [
+        {
+            "kl": cost.divergence.item(),
+            "agreement": cost.agreement.item(),
+            "exact": cost.exact.item(),
+            "full_exact": full,
             "held": fmean(mask.double().mean().item() for mask in kept.values()),
         }
-
-
-def measure(
-    model: Any, tokenizer: Any, case: Case, candidates: Mapping[str, tuple[Method, PrefixProfile | None]]
-) -> dict[str, Any]:
-    """All candidates on one case, at all budgets."""
-    measured = MeasuredCase(model, case.tokens(tokenizer))
-    found = {name: measured.costs(method, profile) for name, (method, profile) in candidates.items()}
-    return {"tokens": measured.n, "found": found}
+        for cost, kept in zip([case.cost(kept) for kept in by_budget], by_budget, strict=True)
+    ]
 
 
 def run(options: argparse.Namespace, split: str, candidates: Mapping[str, tuple[Method, PrefixProfile | None]]) -> None:
     """All cases of the tasks asked for, a line each; cases that the file already has are left out."""
-    model, tokenizer = load()
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["task"], row["case"], row["length"]) for row in rows([out])} if out.exists() else set()
-    of_task = {task: cases(task, split, options.cases, options.length) for task in options.tasks.split(",")}
-    for index in range(options.cases):
-        for task, found in of_task.items():
-            if (task, index, options.length) in done:
-                continue
-            start = time.monotonic()
-            row = {"split": split, "task": task, "case": index, "length": options.length, "passages": digest()}
-            row |= measure(model, tokenizer, found[index], candidates)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{task} {index}: {row['tokens']} tokens, {time.monotonic() - start:.0f} s", flush=True)
+    tasks = options.tasks.split(",")
+    subjects = [text_subject(options, split)] if set(tasks) & set(TASKS) else []
+    subjects += [drawn_subject(name, options, split) for name in VLMS if any(task.startswith(name) for task in tasks)]
+    for subject, index, task in (
+        (each, index, task) for each in subjects for index in range(options.cases) for task in each.cases
+    ):
+        length = options.length if task in TASKS else 0
+        if (task, index, length) in done:
+            continue
+        start = time.monotonic()
+        case = answered(subject.model, *subject.cases[task][index](), [method for method, _ in candidates.values()])
+        found = {name: costs(case, method, profile) for name, (method, profile) in candidates.items()}
+        row = {"split": split, "task": task, "case": index, "length": length, "passages": digest()}
+        row |= {"tokens": case.n_tokens[0], "found": found}
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{task} {index}: {row['tokens']} tokens, {time.monotonic() - start:.0f} s", flush=True)
 
 
 def choose(options: argparse.Namespace) -> None:
@@ -220,35 +185,36 @@ def _candidates(options: argparse.Namespace, names: list[str]) -> dict[str, tupl
 
 
 def _with_profiles(options: argparse.Namespace) -> dict[str, tuple[Method, PrefixProfile | None]]:
+    """Each profile with its own method, or with those asked for."""
     found: dict[str, tuple[Method, PrefixProfile | None]] = {}
     for part in options.profiles.split(",") if options.profiles else []:
         name, _, path = part.partition("=")
-        for text in options.ranked_by.split(","):
-            found[f"profile by {name}, {text}"] = (Method.parse(text), PrefixProfile.load(path))
+        own = PrefixProfile.load(path)
+        if not options.ranked_by:
+            found[f"profile by {name}"] = (own.method, own)
+        for text in filter(None, options.ranked_by.split(",")):
+            found[f"profile by {name}, {text}"] = (Method.parse(text), own)
     return found
 
 
 def profile(options: argparse.Namespace) -> None:
-    """Lengths by reconstruction from summaries and look-ups of the choose split, measured on other passages of it."""
+    """A profile from summaries and look-ups of the choose split, measured on every third of them."""
     model, tokenizer = load()
-    method = Method.parse(options.method)
-    plan = Plan(method, "reconstruction", options.unit, DEFAULT_BUDGETS)
     samples = [_sample(tokenizer, index) for index in range(options.samples)]
-    found = []
-    for sample in samples:
-        found += find(model, plan, sample)
-        print(f"{len(found)} prompts of {options.samples}", flush=True)
-    keep = plan.keep(plan.proposals[0], found)
-    by, aside = plan.proposals[0], []
-    candidates = {"uniform": torch.tensor(plan.budgets, dtype=torch.float64).view(-1, 1, 1), by: keep}
-    for index in range(OF_PROFILE, OF_PROFILE + SET_ASIDE):
-        aside += weigh(model, Plan(method, unit=options.unit), candidates, _sample(tokenizer, index))
-        print(f"measured on {len(aside)} of {SET_ASIDE}", flush=True)
-    measured = measured_field(mean_costs(aside), by, plan.budgets, len(aside))
     source = f"pydoc topics {digest()}: summaries and look-ups of the choose split"
-    described = {**describe_model(model), "model": "SmolLM2-135M-Instruct", "source": source, "measured": measured}
-    make_profile(plan, found, described).save(options.out)
-    print(measured)
+    start = time.monotonic()
+    found = calibrate(
+        model,
+        samples,
+        method=options.method,
+        by=options.by,
+        unit=options.unit,
+        metadata={"model": "SmolLM2-135M-Instruct", "source": source},
+        progress=lambda done: print(f"{done} prompts, {time.monotonic() - start:.0f} s", flush=True),
+        state_file=f"{options.out}.state",
+    )
+    found.save(options.out)
+    print(found.metadata["by"], found.metadata["method"], found.metadata.get("measured", "not measured"))
 
 
 def _sample(tokenizer: Any, index: int) -> dict[str, Tensor]:
@@ -274,7 +240,7 @@ def rows(files: Iterable[str | Path]) -> list[dict[str, Any]]:
 def means(found: list[dict[str, Any]], field: str) -> dict[str, dict[str, list[float]]]:
     """By candidate and task: the mean over the cases at each budget. Candidates that some case lacks are left out."""
     names = [name for name in found[0]["found"] if all(name in row["found"] for row in found)]
-    tasks = [task for task in TASKS if any(row["task"] == task for row in found)]
+    tasks = [task for task in ALL_TASKS if any(row["task"] == task for row in found)]
     return {
         name: {
             task: [
@@ -301,7 +267,7 @@ def worst_ratio(kl: Mapping[str, Mapping[str, list[float]]], name: str) -> tuple
 
 def table(options: argparse.Namespace) -> None:
     """Markdown: a table for each budget, one number a cell; then each candidate against the best baseline of a cell."""
-    found = [row for row in rows(options.files) if row["length"] == options.length]
+    found = [row for row in rows(options.files) if row["length"] in (0, options.length)]
     kl, shown = means(found, "kl"), means(found, options.field)
     tasks = list(next(iter(kl.values())))
     counts = ", ".join(f"{sum(row['task'] == task for row in found)} {task}" for task in tasks)
@@ -330,16 +296,17 @@ def main() -> None:
         command.add_argument("--out", required=True)
         command.add_argument("--cases", type=int, default=8, help="of each task")
         command.add_argument("--length", type=int, default=PASSAGE, help="characters of a passage")
-        command.add_argument("--tasks", default=",".join(TASKS))
+        command.add_argument("--tasks", default=",".join(ALL_TASKS))
         command.add_argument("--methods", default="", help="spellings, with commas between, instead of all")
         command.add_argument("--profiles", default="", help="name=file,name=file")
-        command.add_argument("--ranked-by", default="default,default:floor=28", help="methods of the profiles")
+        command.add_argument("--ranked-by", default="", help="methods for the profiles, instead of their own")
         command.set_defaults(work=work)
     command = commands.add_parser("profile", help=profile.__doc__)
     command.add_argument("--out", required=True)
     command.add_argument("--unit", choices=("head", "layer"), default="head")
-    command.add_argument("--samples", type=int, default=OF_PROFILE)
-    command.add_argument("--method", default="default:queries=16;recent=0.1", help="how the cache ranks")
+    command.add_argument("--samples", type=int, default=12)
+    command.add_argument("--by", default="measured")
+    command.add_argument("--method", help="how the cache ranks; default: several are tried")
     command.set_defaults(work=profile)
     command = commands.add_parser("table", help=table.__doc__)
     command.add_argument("files", nargs="+")

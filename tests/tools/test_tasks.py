@@ -1,6 +1,7 @@
 """The text tasks: prose, two splits that share nothing, and cases that say what they ask."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_what_is_not_there_is_refused(task, split, number):
 def study():
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "study.py"
     spec = importlib.util.spec_from_file_location("study", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["study"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -110,9 +111,9 @@ def test_the_study_measures_what_a_cache_costs(study, name):
         num_key_value_heads=2, initializer_range=0.3,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    prompt, answer = torch.randint(0, 60, (1, 90)), [5, 6, 7, 8]
-    measured = study.MeasuredCase(model, (prompt[0].tolist(), [3, 4], answer))
-    for budget, cost in zip(study.BUDGETS, measured.costs(methods.NAMED[name], None), strict=True):
+    prompt, given = torch.randint(0, 60, (1, 90)), (torch.tensor([[3, 4]]), torch.tensor([[5, 6, 7, 8]]))
+    case = study.answered(model, {"input_ids": prompt}, given, [methods.NAMED[name]])
+    for budget, cost in zip(study.BUDGETS, study.costs(case, methods.NAMED[name], None), strict=True):
         method = methods.NAMED[name].replace(evict="fixed-point", distance=None)  # what leaves later is not measured
         cache, fed = PrefixKVCache(None, budget, method=method, config=config), torch.tensor([[3, 4, 5, 6, 7]])
         with torch.no_grad():
@@ -129,6 +130,7 @@ def test_the_study_measures_what_a_cache_costs(study, name):
 def test_the_bundled_profile_of_smollm_answers_a_lookup_at_a_fifth(study):
     model, tokenizer = smollm.load()
     profile = PrefixProfile.load("smollm2-135m-instruct")
-    measured = study.MeasuredCase(model, cases("lookup", "report", 1)[0].tokens(tokenizer))
-    own, uniform = (measured.costs(profile.method, each)[1] for each in (profile, None))
+    prompt, *given = (torch.tensor([part]) for part in cases("lookup", "report", 1)[0].tokens(tokenizer))
+    case = study.answered(model, {"input_ids": prompt}, tuple(given), [profile.method])
+    own, uniform = (study.costs(case, profile.method, each)[1] for each in (profile, None))
     assert own["full_exact"] == 1.0 and own["kl"] < 0.5 * uniform["kl"]

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib
 import json
 import warnings
 import weakref
@@ -18,9 +17,9 @@ from oracle import Oracle, Rule
 from prefixkv_cache import PrefixKVCache, PrefixProfile, calibrate, methods
 from prefixkv_cache.cache.compat import HOOKED_METHOD
 from prefixkv_cache.cache.guards import image_mask_of
+from prefixkv_cache.calibration.measure import AnsweredPrompt, Cost
 from prefixkv_cache.calibration.observe import ObservedCache, Scores
 
-calibrate_module = importlib.import_module("prefixkv_cache.calibration.calibrate")
 GRID = (0.1, 0.2, 0.5, 1.0)
 LENGTHS = (61, 44, 40)
 PAPER = methods.PREFIXKV.replace(distance=None)
@@ -165,8 +164,9 @@ def test_every_proposal_makes_a_profile_that_the_cache_takes(by, unit, tmp_path)
     if by == "measured":
         measured = profile.measured
         assert measured["samples"] == 1 and list(measured["budgets"]) == ["0.1", "0.2", "0.5", "1"]
-        row = measured["budgets"]["0.2"]
-        assert set(row) == {"kl", "agreement", "uniform_kl", "uniform_agreement"} and 0 < row["kl"] != row["uniform_kl"]
+        row, fields = measured["budgets"]["0.2"], ("kl", "agreement", "exact")
+        assert list(row) == [f"{beside}{field}" for beside in ("", "uniform_", "paper_") for field in fields]
+        assert 0 < row["kl"] != row["uniform_kl"]
     else:
         assert profile.measured is None
 
@@ -178,14 +178,14 @@ def test_what_was_measured_is_what_the_cache_costs():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         profile = calibrate(model, samples(), by="measured", unit="head", budgets=[0.3], method=method)
-    aside = calibrate_module.AnsweredPrompt(model, samples()[1], profile.method)
-    cost = aside.cost(aside.kept(profile, 0.3))[0].item()
-    assert profile.measured["budgets"]["0.3"]["kl"] == pytest.approx(cost, rel=1e-3)
+    aside = AnsweredPrompt(model, samples()[1], [profile.method])
+    cost = aside.cost(aside.kept(profile.method, profile, 0.3))
+    assert profile.measured["budgets"]["0.3"]["kl"] == pytest.approx(cost.divergence.item(), rel=1e-3)
 
 
 def test_a_profile_that_does_not_beat_uniform_lengths_says_so(monkeypatch):
     model = models.shared("llava_gqa", "sdpa")
-    monkeypatch.setattr(calibrate_module.AnsweredPrompt, "cost", lambda self, kept: (torch.ones(1), torch.ones(1)))
+    monkeypatch.setattr(AnsweredPrompt, "cost", lambda self, kept: Cost(*[torch.ones(1)] * 3))
     with pytest.warns(UserWarning, match="does not beat uniform lengths"):
         profile = calibrate(model, samples(), by="measured", budgets=[0.5])
     assert profile.measured["beats_uniform"] is False
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_repeat_its_prompt_goes_without_reconstruction(monke
     def refuse(self):
         raise RuntimeError("index out of range")
 
-    monkeypatch.setattr(calibrate_module.AnsweredPrompt, "reconstruction", refuse)
+    monkeypatch.setattr(AnsweredPrompt, "reconstruction", refuse)
     model = models.shared("llava_gqa", "sdpa")
     with pytest.warns(UserWarning, match="reconstruction is left out: index out of range"):
         profile = calibrate(model, samples(), by="measured", budgets=[0.5])
@@ -297,7 +297,7 @@ def test_no_keys_are_kept_and_nothing_is_left_behind():
     before = vars(AttentionInterface).get(HOOKED_METHOD)
     model = models.shared("llava_gqa", "sdpa")
     cache = ObservedCache(model.config, stored=False)
-    cache.observer = Scores(methods.DEFAULT, 2**20)
+    cache.observer = Scores([methods.DEFAULT], 2**20)
     seen = keys_of_updates(cache)
     model(**samples()[0], past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == LENGTHS[0]

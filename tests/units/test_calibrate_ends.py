@@ -13,7 +13,7 @@ import models
 from prefixkv_cache import PrefixProfile, calibrate, methods
 from prefixkv_cache.calibration.observe import UnobservedAttentionError, observe
 
-calibrate_module = importlib.import_module("prefixkv_cache.calibration.calibrate")
+find_module, run_module = (importlib.import_module(f"prefixkv_cache.calibration.{name}") for name in ("find", "run"))
 state_module = importlib.import_module("prefixkv_cache.calibration.state")
 GRID = (0.1, 0.2, 0.5, 1.0)
 LENGTHS = (61, 44, 40)
@@ -77,7 +77,7 @@ def test_what_ends_the_calibration(error, monkeypatch, tmp_path):
         observed.append(1)
         return observe(*args, **kwargs)
 
-    monkeypatch.setattr(calibrate_module, "observe", observe_two)
+    monkeypatch.setattr(find_module, "observe", observe_two)
     with pytest.raises(type(error)):
         mass(models.shared("llava_gqa"), samples(), state_file=state_file)
     assert len(json.loads(state_file.read_text())["samples"]) == 2
@@ -168,7 +168,7 @@ def test_it_goes_on_where_it_stopped(monkeypatch, tmp_path):
     path = tmp_path / "state.json"
     interrupted(path)
     seen, done = [], []
-    monkeypatch.setattr(calibrate_module, "observe", lambda *args, **kw: seen.append(1) or observe(*args, **kw))
+    monkeypatch.setattr(find_module, "observe", lambda *args, **kw: seen.append(1) or observe(*args, **kw))
     profile = mass(models.shared("llava_gqa"), samples(), state_file=path, progress=done.append)
     assert len(seen) == 1 and done == [1, 2, 3]
     assert not path.exists()
@@ -178,16 +178,16 @@ def test_it_goes_on_where_it_stopped(monkeypatch, tmp_path):
 def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
     model, path = models.shared("llava_gqa", "sdpa"), tmp_path / "state.json"
     options = {"by": "measured", "budgets": [0.3], "method": "snapkv:queries=8"}
-    weigh = calibrate_module.weigh
+    weigh = run_module.weigh
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate_module, "weigh", stop)
+    monkeypatch.setattr(run_module, "weigh", stop)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, samples(), state_file=path, **options)
-    monkeypatch.setattr(calibrate_module, "weigh", weigh)
-    monkeypatch.setattr(calibrate_module, "find", stop)
+    monkeypatch.setattr(run_module, "weigh", weigh)
+    monkeypatch.setattr(run_module, "find", stop)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         profile = calibrate(model, samples(), state_file=path, **options)

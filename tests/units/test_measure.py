@@ -10,7 +10,9 @@ import models
 from oracle import feed, open_attention
 from prefixkv_cache import PrefixKVCache, PrefixProfile, methods
 from prefixkv_cache.cache.guards import image_mask_of
-from prefixkv_cache.calibration.measure import AnsweredPrompt, positions_behind
+from prefixkv_cache.calibration.descent import Descent, fade
+from prefixkv_cache.calibration.forwards import positions_behind
+from prefixkv_cache.calibration.measure import AnsweredPrompt
 from prefixkv_cache.calibration.plan import Plan, advantage, best
 from prefixkv_cache.calibration.propose import blend, loss_ratios, reconstruction_counts
 
@@ -39,23 +41,25 @@ def profile_of(model, method, by_head):
 
 def answered(family, inputs, method=methods.DEFAULT, attn="sdpa", tokens=6):
     model = models.shared(family, attn)
-    return AnsweredPrompt(model, inputs, method, image=image_mask_of(inputs, model.config), answer_tokens=tokens)
+    return AnsweredPrompt(model, inputs, [method], image=image_mask_of(inputs, model.config), answer_tokens=tokens)
 
 
 # Cost.
 
 
-def check_against_the_cache(prompt, inputs, by_head):
+def check_against_the_cache(prompt, inputs, by_head, method=methods.DEFAULT):
     model, image = prompt.model, image_mask_of(inputs, prompt.model.config)
-    profile = profile_of(model, prompt.method, by_head)
+    profile = profile_of(model, method, by_head)
     full = feed(model, inputs, prompt.answer, None)[0][:, 1:].log_softmax(-1)
     for budget in (0.2, 0.35):
         cache = PrefixKVCache(profile, budget, config=model.config, image_mask=image)
         pruned = feed(model, inputs, prompt.answer, cache)[0][:, 1:].log_softmax(-1)
-        divergence, agreement = prompt.cost(prompt.kept(profile, budget))
-        assert torch.allclose(divergence, (full.exp() * (full - pruned)).sum(-1).mean(1), atol=1e-9, rtol=1e-7)
-        assert torch.equal(agreement, (full.argmax(-1) == pruned.argmax(-1)).double().mean(1))
-        assert divergence.min() > 1e-5  # else nothing was pruned
+        cost = prompt.cost(prompt.kept(method, profile, budget))
+        assert torch.allclose(cost.divergence, (full.exp() * (full - pruned)).sum(-1).mean(1), atol=1e-9, rtol=1e-7)
+        agree = full.argmax(-1) == pruned.argmax(-1)
+        assert torch.equal(cost.agreement, agree.double().mean(1))
+        assert torch.equal(cost.exact, agree.all(1).double())  # the answer is the full cache's own
+        assert cost.divergence.min() > 1e-5  # else nothing was pruned
 
 
 @pytest.mark.parametrize("by_head", [False, True], ids=["layer", "head"])
@@ -63,7 +67,7 @@ def check_against_the_cache(prompt, inputs, by_head):
 @pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl", "gemma3"])
 def test_masks_cost_what_the_cache_costs(family, method, by_head):
     inputs = models.batch(family, LENGTHS)
-    check_against_the_cache(answered(family, inputs, METHODS[method]), inputs, by_head)
+    check_against_the_cache(answered(family, inputs, METHODS[method]), inputs, by_head, METHODS[method])
 
 
 @compat.needs_eager
@@ -81,30 +85,34 @@ def test_a_single_query_sees_each_heads_own_pairs(tokens):
 def test_the_answer_is_the_models_own_and_ends_where_it_ends():
     inputs = models.batch("llava_gqa", LENGTHS)
     model = models.build("llava_gqa", "sdpa")
-    long = AnsweredPrompt(model, inputs, methods.DEFAULT, answer_tokens=12)
+    long = AnsweredPrompt(model, inputs, [methods.DEFAULT], answer_tokens=12)
     assert torch.equal(long.answer, model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, LENGTHS[0] :])
     assert long.n_tokens == list(LENGTHS)
     end = long.answer[1, 4].item()
     ends = [[*(row == end).nonzero().flatten().tolist(), 99] for row in long.answer]
     model.generation_config.eos_token_id = end
-    short = AnsweredPrompt(model, inputs, methods.DEFAULT, answer_tokens=12)
+    short = AnsweredPrompt(model, inputs, [methods.DEFAULT], answer_tokens=12)
     # The first token comes from the prompt's forward, so it is not counted; the one that ends the answer is.
-    assert short._counting.sum(1).tolist() == [min(next(at for at in row if at > 0), 11) for row in ends]
-    alone = AnsweredPrompt(model, models.alone("llava_gqa", LENGTHS, 1), methods.DEFAULT, answer_tokens=12)
-    kept = short.kept(profile_of(model, methods.DEFAULT, True), 0.2)
-    own = alone.kept(profile_of(model, methods.DEFAULT, True), 0.2)
-    for together, by_itself in zip(short.cost(kept), alone.cost(own), strict=True):
+    assert short.continuations()[0].counting.sum(1).tolist() == [
+        min(next(at for at in row if at > 0), 11) for row in ends
+    ]
+    alone = AnsweredPrompt(model, models.alone("llava_gqa", LENGTHS, 1), [methods.DEFAULT], answer_tokens=12)
+    kept = short.kept(methods.DEFAULT, profile_of(model, methods.DEFAULT, True), 0.2)
+    own = alone.kept(methods.DEFAULT, profile_of(model, methods.DEFAULT, True), 0.2)
+    for together, by_itself in zip(short.cost(kept).table().T, alone.cost(own).table().T, strict=True):
         assert together[1].item() == pytest.approx(by_itself[0].item(), rel=1e-9, abs=1e-12)
 
 
 def test_nothing_pruned_costs_nothing_and_nothing_is_left_behind():
     prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
-    assert [each.tolist() for each in prompt.cost({})] == [[0.0] * 3, [1.0] * 3]
-    everything = {layer: torch.ones_like(mask) for layer, mask in prompt.kept(uniform(0.5), 0.5).items()}
-    assert prompt.cost(everything)[0].max() < 1e-12
-    before = prompt.cost(prompt.kept(uniform(0.5), 0.5))[0]
+    assert prompt.cost({}).table().tolist() == [[0.0, 1.0, 1.0]] * 3
+    everything = {
+        layer: torch.ones_like(mask) for layer, mask in prompt.kept(methods.DEFAULT, uniform(0.5), 0.5).items()
+    }
+    assert prompt.cost(everything).divergence.max() < 1e-12
+    before = prompt.cost(prompt.kept(methods.DEFAULT, uniform(0.5), 0.5)).divergence
     prompt.reconstruction()
-    assert torch.equal(prompt.cost(prompt.kept(uniform(0.5), 0.5))[0], before)
+    assert torch.equal(prompt.cost(prompt.kept(methods.DEFAULT, uniform(0.5), 0.5)).divergence, before)
 
 
 def uniform(budget, n_layers=6):
@@ -114,17 +122,17 @@ def uniform(budget, n_layers=6):
 def test_losses_are_the_costs_of_single_layers_and_heads():
     prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
     ratios = (0.1, 0.5)
-    by_layer, by_head = (torch.stack(prompt.losses(ratios, unit)) for unit in ("layer", "head"))
+    by_layer, by_head = (torch.stack(prompt.losses(methods.DEFAULT, ratios, unit)) for unit in ("layer", "head"))
     assert by_layer.shape == (3, 2, 6, 1) and by_head.shape == (3, 2, 6, 2)
     for at, ratio in enumerate(ratios):
         for layer in range(6):
             keep = torch.ones(6, 2, dtype=torch.float64)
             keep[layer] = ratio
-            kept = prompt.kept(PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
-            assert torch.allclose(prompt.cost(kept)[0], by_layer[:, at, layer, 0])
+            kept = prompt.kept(methods.DEFAULT, PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
+            assert torch.allclose(prompt.cost(kept).divergence, by_layer[:, at, layer, 0])
             keep[layer, 0] = 1.0
-            kept = prompt.kept(PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
-            assert torch.allclose(prompt.cost(kept)[0], by_head[:, at, layer, 1])
+            kept = prompt.kept(methods.DEFAULT, PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
+            assert torch.allclose(prompt.cost(kept).divergence, by_head[:, at, layer, 1])
 
 
 # Reconstruction.
@@ -197,6 +205,78 @@ def test_positions_of_the_second_copy():
     with_text = torch.cat([torch.tensor([[[0, 1, 2, 3]]]), axes])
     moved = positions_behind(with_text)
     assert moved[0].tolist() == [[4, 5, 6, 7]] and torch.equal(moved[1:], axes + 6)
+
+
+# Descent.
+
+
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl", "gemma3"])
+def test_pairs_that_are_faded_out_are_masked(family):
+    inputs = models.batch(family, LENGTHS)
+    prompt = answered(family, inputs)
+    kept = prompt.kept(methods.DEFAULT, profile_of(prompt.model, methods.DEFAULT, True), 0.2)
+    gates = {layer: torch.zeros(mask.shape).double().masked_fill(~mask, -1e9) for layer, mask in kept.items()}
+    faded = prompt.faded_divergence(gates, prompt.continuations()[0])
+    assert torch.allclose(faded, prompt.cost(kept).divergence, atol=1e-9, rtol=1e-7)
+
+
+def test_the_slope_is_that_of_differences():
+    prompt = answered("llava_gqa", models.alone("llava_gqa", LENGTHS, 0))
+    entries, answer = prompt.entry_ratios(methods.DEFAULT), prompt.continuations()[0]
+    ratios = torch.full((6, 2), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def cost(ratios):
+        gates = {layer: fade(entry, ratio, 0.1) for (layer, entry), ratio in zip(entries.items(), ratios, strict=True)}
+        return prompt.faded_divergence(gates, answer).sum()
+
+    with prompt.frozen(), torch.enable_grad():
+        cost(ratios).backward()
+    for place in ((0, 0), (3, 1), (5, 0)):
+        step = torch.zeros(6, 2, dtype=torch.float64)
+        step[place] = 1e-3
+        with torch.no_grad():
+            slope = (cost(ratios + step) - cost(ratios - step)) / 2e-3
+        assert ratios.grad[place].item() == pytest.approx(slope.item(), rel=0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["default", "snapkv", "h2o"])
+def test_a_pair_comes_in_at_its_entry_ratio(method):
+    inputs = models.batch("llava_gqa", LENGTHS)
+    prompt = answered("llava_gqa", inputs, METHODS[method])
+    entries = prompt.entry_ratios(METHODS[method])
+    for ratio in (0.1, 0.4, 0.8):
+        kept = prompt.kept(METHODS[method], uniform(ratio), ratio)
+        for layer, mask in kept.items():
+            entry = entries[layer].expand_as(mask)
+            assert mask[entry < ratio - 0.03].all() and not mask[entry > ratio + 0.03].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0.02, 0.6), min_size=6, max_size=6))
+def test_lengths_on_their_way_keep_the_budgets_and_are_nested(ratios):
+    first = torch.tensor(ratios, dtype=torch.float64).view(1, 3, 2)
+    first = first * 0.2 / first.mean()
+    start = torch.cat([first.clamp_max(1), torch.lerp(first.clamp_max(1), torch.ones(1, 3, 2).double(), 0.4)])
+    anchors = start.mean((1, 2)).tolist()
+    descent = Descent(start, anchors, 8)
+    found = descent.ratios()
+    assert torch.allclose(found.mean((1, 2)), torch.tensor(anchors).double(), atol=1e-9)
+    assert (found - start).abs().max() < 0.02  # ratios near 0 and 1 are moved a little, so that they can move
+    assert found.diff(dim=0).min() >= 0
+    with torch.enable_grad():
+        found = descent.ratios()
+        (found[0, 0, 0] + found[1, 1, 1]).backward()
+    assert descent._free.grad.sum(dim=(1, 2)).abs().max() < 1e-6  # what one head gains the others lose
+
+
+def test_a_descent_makes_lengths_cheaper():
+    prompt = answered("llava_gqa", models.alone("llava_gqa", LENGTHS, 0))
+    descent = Descent(torch.tensor([0.1, 0.2, 0.5]).double().view(3, 1, 1).expand(3, 6, 2).clone(), (0.1, 0.2, 0.5), 12)
+    costs = [descent.step(prompt, methods.DEFAULT) for _ in range(12)]
+    assert costs[-1] < costs[0] - 0.1
+    keep = descent.at_budgets([0.1, 0.15, 0.5])
+    assert torch.allclose(keep.mean((1, 2)), torch.tensor([0.1, 0.15, 0.5]).double())
+    assert all(parameter.requires_grad for parameter in prompt.model.parameters())
 
 
 # Proposals.
@@ -284,16 +364,16 @@ def test_the_best_is_the_one_that_diverges_least_against_uniform_lengths():
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"by": "measured"}, "mass/layer reconstruction/layer loss/layer"),
+        ({"by": "measured"}, "mass/layer reconstruction/layer loss/layer paper"),
         (
             {"by": "measured", "unit": "head"},
-            "mass/layer mass/head reconstruction/layer reconstruction/head loss/layer loss/head",
+            "mass/layer mass/head reconstruction/layer reconstruction/head loss/layer loss/head paper",
         ),
         (
             {"by": "measured", "unit": "head", "method": methods.PREFIXKV},
             "mass/layer reconstruction/layer reconstruction/head loss/layer loss/head",
         ),
-        ({"by": "measured", "method": methods.KEYDIFF}, "reconstruction/layer loss/layer"),
+        ({"by": "measured", "method": methods.KEYDIFF}, "reconstruction/layer loss/layer paper"),
         ({"by": "loss", "unit": "head"}, "loss/head"),
     ],
 )

@@ -8,8 +8,9 @@ is not part of it. The same full cache reads the prompt a second time for the re
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,29 +25,72 @@ from ..methods import Method
 from ..profiles.profile import PrefixProfile
 from ..rules.importance import DEFAULT_MAX_BYTES
 from ..rules.scoring import join_heads
-from .observe import ObservedCache, Scores, check_observed, evaluating, model_inputs, valid_rows
+from .forwards import Forwards
+from .observe import ObservedCache, ScoreKey, Scores, check_observed, evaluating, model_inputs, score_key, valid_rows
 
 ANSWER_TOKENS = 40
 """Length of the answers, at most."""
+_LEAD, _REPEATED = 24, 64  # tokens of a prompt that are fed once more: first some that are not measured
+_LADDER = 64  # steps in which it is found at which ratio a pair comes in
 
-# What a decoder is given in the prompt's forward and shall not be given again.
-_OF_ONE_FORWARD = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
-                   "cache_position", "return_dict")  # fmt: skip
+
+@dataclass(frozen=True)
+class Cost:
+    """What pruning costs an answer, for each row: float64 [batch].
+
+    Attributes:
+        divergence: KL(full cache || pruned) of the next-token distributions in nats, the mean over the answer's tokens.
+        agreement: share of the tokens that both caches hold most likely.
+        exact: 1.0 where every token of the answer is the most likely one, so that greedy decoding writes it; else 0.0.
+    """
+
+    divergence: Tensor
+    agreement: Tensor
+    exact: Tensor
+
+    def table(self) -> Tensor:
+        """[batch, 3]: divergence, agreement, exact."""
+        return torch.stack([self.divergence, self.agreement, self.exact], dim=-1)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens behind a prompt, and what the full cache makes of them.
+
+    Attributes:
+        fed: int64 [batch, n_fed].
+        skipped: logits of so many first tokens are not measured.
+        targets: int64 [batch, n_fed - skipped], the token that follows each of the others.
+        counting: bool, like targets: those that are measured.
+        full: log-probabilities with the full cache, [batch, n_fed - skipped, vocabulary].
+    """
+
+    fed: Tensor
+    skipped: int
+    targets: Tensor
+    counting: Tensor
+    full: Tensor
+
+    def divergence(self, pruned: Tensor) -> Tensor:
+        """KL(full || pruned) in nats, the mean over the tokens measured: float64 [batch]."""
+        of_tokens = (self.full.exp() * (self.full - pruned)).sum(-1).clamp_min(0.0)
+        return _mean(of_tokens, self.counting)
 
 
 class AnsweredPrompt:
-    """A sample with its full cache and the model's own answer.
+    """A sample with its full cache, the scores of its keys, and an answer.
 
     Args:
         model: a transformers model that can generate, of a kind that `PrefixKVCache` can prune, in eval mode.
         sample: what `model.generate(**sample)` takes, padded on the left or not.
-        method: how keys are ranked.
+        methods: whose scores will be asked for.
         image: bool [batch, n], True at image tokens, or None.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
-        answer_tokens: length of the answer, at most.
+        answer_tokens: length of the model's own greedy answer, at most.
+        given: int64 [batch, n_lead], [batch, n_answer]: what is fed behind the prompt and not measured, and the answer,
+            instead of the model's own.
 
     Attributes:
-        scores: float32 [batch, 1 or kv_heads, n] by layer index.
         layers: indices of the prunable layers.
         valid: bool [batch, n], False at padding; None: no padding.
         answer: int64 [batch, n_answer].
@@ -61,108 +105,192 @@ class AnsweredPrompt:
         self,
         model: Any,
         sample: Mapping[str, Any],
-        method: Method,
+        methods: Sequence[Method],
         *,
         image: Tensor | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
         answer_tokens: int = ANSWER_TOKENS,
+        given: tuple[Tensor, Tensor] | None = None,
     ):
-        if not getattr(model, "can_generate", lambda: False)():
-            raise TypeError(f"{type(model).__name__} cannot generate, so what pruning costs it cannot be measured")
-        backend = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None) or "eager"
-        if "flash" in backend:
-            raise ValueError(
-                f"{backend} cannot hide pairs of single heads; load the model with sdpa or eager attention"
-            )
-        self.model, self.method, self.max_bytes = model, method, max_bytes
+        _check(model)
+        self.model, self.max_bytes = model, max_bytes
         inputs = model_inputs(model, sample)
         self.cache = ObservedCache(model.config, stored=True)
         self.layers = self.cache.prunable
         self._mask: Tensor | None = inputs.get("attention_mask")
-        scores = Scores(method, max_bytes)
-        with evaluating(model), _Forwards(model, self.cache) as forwards:
+        scores = Scores(methods, max_bytes)
+        with evaluating(model), Forwards(model, self.cache) as forwards:
             self.cache.observer = scores
-            sequences = model.generate(
-                **inputs,
-                past_key_values=self.cache,
-                do_sample=False,
-                num_beams=1,
-                min_new_tokens=2,
-                max_new_tokens=max(2, answer_tokens),
-            )
+            new = max(2, answer_tokens if given is None else 0)
+            options = {"do_sample": False, "num_beams": 1, "min_new_tokens": 2, "max_new_tokens": new}
+            sequences = model.generate(**inputs, past_key_values=self.cache, **options)
         self.cache.observer = None
-        check_observed(model, self.layers, scores.of_layer)
+        check_observed(model, self.layers, scores.seen)
         if scores.ranks.count > 1:
             raise NotImplementedError("tensor-parallel ranks see some heads only; calibrate by='mass' and unit='layer'")
-        self.scores, self.valid, self._forwards = scores.of_layer, scores.valid, forwards
-        self.answer: Tensor = sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :]
+        self._scores, self.valid, self._forwards = scores, scores.valid, forwards
         forwards.restore(self.cache)
-        self._prompts = [self._prompt(index, image) for index in self.layers]
+        self._prompts: dict[ScoreKey, list[LayerPrompt]] = {}
+        for method in methods:
+            self._prompts.setdefault(score_key(method), [self._prompt(index, method, image) for index in self.layers])
         # Linear layers go on from their state one token at a time only.
         self._at_once = not {kind for kind in whole_layer_kinds(model.config) if "sliding" not in kind}
-        self._counting = self._counting_tokens()
-        self._full = self._log_probs({})
+        own = sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :]
+        self._ids: Tensor | None = inputs.get("input_ids")
+        self._has_image = image is not None
+        self._answer = self._take_answer(own, given)
+
+    def _take_answer(self, own: Tensor, given: tuple[Tensor, Tensor] | None) -> Continuation:
+        """The answer as a continuation; the first token of the model's own comes from the prompt's forward."""
+        lead, self.answer = (own[:, :0], own) if given is None else given
+        fed = torch.cat([lead, self.answer], dim=1)
+        skipped = max(0, lead.shape[1] - 1)
+        counting = self._counting_tokens(fed) if given is None else torch.ones_like(fed[:, 1:]).bool()
+        return self._continuation(fed, skipped, counting)
+
+    def _continuation(self, tokens: Tensor, skipped: int, counting: Tensor) -> Continuation:
+        """Of these tokens [batch, n], each predicted from those before it; counting: bool [batch, n - 1]."""
+        fed, targets = tokens[:, :-1], tokens[:, 1 + skipped :]
+        with torch.no_grad():
+            full = self._log_probs(fed, {})[:, skipped:]
+        return Continuation(fed, skipped, targets, counting[:, skipped:], full)
+
+    def continuations(self) -> list[Continuation]:
+        """The answer; and for prompts of text, a part of the prompt once more, as a later question might need any.
+
+        The part lies where the answer's length says, so that prompts differ and a prompt gives the same each time.
+        """
+        n, span = min(self.n_tokens), _LEAD + _REPEATED
+        if self._ids is None or self._has_image or n < 2 * span:
+            return [self._answer]
+        width = self._ids.shape[1]
+        start = width - n + 1 + (37 * int(self.answer.sum())) % (n - span)
+        tokens = self._ids[:, start : start + span]
+        return [self._answer, self._continuation(tokens, _LEAD - 1, torch.ones_like(tokens[:, 1:]).bool())]
 
     @property
     def n_tokens(self) -> list[int]:
         """Valid tokens of each row."""
-        batch, n = self.answer.shape[0], self.scores[self.layers[0]].shape[2]
-        return [n] * batch if self.valid is None else self.valid.sum(1).tolist()
+        prompt = next(iter(self._prompts.values()))[0]
+        return list(prompt.lengths)
 
-    def rows_of_scores(self) -> list[Tensor]:
-        """For each row, float32 [n_layers, 1 or kv_heads, n_valid] on the CPU."""
-        return valid_rows(torch.stack([self.scores[index].cpu() for index in self.layers]), self.valid)
+    @property
+    def n_layers_and_heads(self) -> tuple[int, int]:
+        """Prunable layers, and key heads that each stores."""
+        prompt = next(iter(self._prompts.values()))[0]
+        return len(self.layers), prompt.keys.shape[1]
 
-    def kept(self, profile: PrefixProfile, budget: float) -> dict[int, Tensor]:
-        """What a cache of this profile and budget keeps of the prompt: bool [batch, kv_heads, n] by layer index."""
-        source = length_source(self.method, profile, budget, len(self.layers))
-        shares = source.shares(self._prompts, range(len(self.layers)))
-        prompts = zip(self.layers, self._prompts, shares, strict=True)
-        return {index: _kept_mask(prompt, share, self.method) for index, prompt, share in prompts}
+    def rows_of_scores(self, method: Method) -> list[Tensor]:
+        """For each row, float32 [n_layers, 1 or kv_heads, n_valid] on the CPU: the method's scores."""
+        of_layer = self._scores.of[score_key(method)]
+        return valid_rows(torch.stack([of_layer[index].cpu() for index in self.layers]), self.valid)
 
-    def losses(self, ratios: Sequence[float], unit: str) -> list[Tensor]:
+    def kept(self, method: Method, profile: PrefixProfile | None, budget: float) -> dict[int, Tensor]:
+        """What a cache of this method, profile and budget keeps of the prompt.
+
+        Args:
+            method: one of those that the prompt was scored for, or one that differs from it in lengths or protection.
+            profile: None: the lengths are the method's own.
+            budget: a fraction, or pairs a head.
+
+        Returns:
+            bool [batch, kv_heads, n] by layer index.
+        """
+        source = length_source(method, profile, budget, len(self.layers))
+        prompts = self._prompts[score_key(method)]
+        shares = source.shares(prompts, range(len(self.layers)))
+        return {
+            index: _kept_mask(prompt, share, method)
+            for index, prompt, share in zip(self.layers, prompts, shares, strict=True)
+        }
+
+    def losses(self, method: Method, ratios: Sequence[float], unit: str) -> list[Tensor]:
         """What it costs when one layer, or one key head, keeps so much and all others keep everything.
 
         Args:
+            method: how keys are ranked.
             ratios: keep ratios.
             unit: `"layer"` or `"head"`.
 
         Returns:
             For each row, float64 [n_ratios, n_layers, n_heads or 1].
         """
-        table = [[self._loss(place, ratio, unit) for place in range(len(self.layers))] for ratio in ratios]
+        table = [[self._loss(method, place, ratio, unit) for place in range(len(self.layers))] for ratio in ratios]
         return list(torch.stack([torch.stack(row) for row in table]).permute(3, 0, 1, 2))
 
-    def _loss(self, place: int, ratio: float, unit: str) -> Tensor:
+    def _loss(self, method: Method, place: int, ratio: float, unit: str) -> Tensor:
         """float64 [n_heads or 1, batch]."""
-        protect, prompt, index = self.method.protect, self._prompts[place], self.layers[place]
-        floor = self.method.lengths.floor
+        protect, prompt, index = method.protect, self._prompts[score_key(method)][place], self.layers[place]
+        floor = method.lengths.floor
         source = RatioLengths(
             lambda _: [[ratio]], ratio, 0, sink=protect.sink, floor=floor, dithered=False, source="this layer"
         )
-        kept = _kept_mask(prompt, source.shares([prompt], [place])[0], self.method)
-        if unit == "layer":
-            return self.cost({index: kept})[0][None].cpu()
-        others = torch.ones_like(kept)
-        heads = torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device)[..., None]
-        return torch.stack([self.cost({index: torch.where(head, kept, others)})[0] for head in heads]).cpu()
+        kept = _kept_mask(prompt, source.shares([prompt], [place])[0], method)
+        others, heads = torch.ones_like(kept), torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device)[..., None]
+        masks = [kept] if unit == "layer" else [torch.where(head, kept, others) for head in heads]
+        return torch.stack([self.cost({index: mask}).divergence for mask in masks]).cpu()
 
-    def cost(self, kept: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def cost(self, kept: Mapping[int, Tensor]) -> Cost:
         """What it costs the answer when only these pairs of the prompt are there.
 
-        The first token of an answer comes from the prompt's own forward, before anything is pruned; it is left out.
+        The first token of a model's own answer comes from the prompt's own forward, before anything is pruned; it is
+        left out.
 
         Args:
             kept: bool [batch, kv_heads, n] by layer index; a layer that is not there keeps everything.
+        """
+        answer = self._answer
+        with torch.no_grad():
+            pruned = self._log_probs(answer.fed, kept)[:, answer.skipped :]
+        best = pruned.argmax(-1)
+        exact = ((best == answer.targets) | ~answer.counting).all(1).double()
+        return Cost(answer.divergence(pruned), _mean(best == answer.full.argmax(-1), answer.counting), exact)
+
+    def full_exact(self) -> Tensor:
+        """float64 [batch], 1.0 where the full cache writes the answer."""
+        return self.cost({}).exact
+
+    def entry_ratios(self, method: Method) -> dict[int, Tensor]:
+        """For each pair the least keep ratio at which its head keeps it; 0 where it always stays.
+
+        Found by asking for what is kept at a ladder of ratios: so whatever the method protects is protected.
 
         Returns:
-            (divergence, agreement): float64 [batch] each: the mean over the answer's tokens of KL(full || pruned) in
-            nats, and the share of tokens that both hold most likely.
+            float32 [batch, kv_heads, n] by layer index.
         """
-        pruned = self._log_probs(kept)
-        divergence = (self._full.exp() * (self._full - pruned)).sum(-1).clamp_min(0.0)
-        agreement = self._full.argmax(-1) == pruned.argmax(-1)
-        return _mean(divergence, self._counting), _mean(agreement, self._counting)
+        found = {}
+        for index, prompt in zip(self.layers, self._prompts[score_key(method)], strict=True):
+            kept = torch.stack([self._kept_alone(method, prompt, (step - 0.5) / _LADDER) for step in range(1, _LADDER)])
+            missing = (~kept).sum(0).float()
+            found[index] = torch.where(kept[0], torch.zeros_like(missing), missing / _LADDER)
+        return found
+
+    def _kept_alone(self, method: Method, prompt: LayerPrompt, ratio: float) -> Tensor:
+        """Bool [batch, kv_heads, n]: what all heads of a layer keep at one ratio, without a floor."""
+        sink = method.protect.sink
+        source = RatioLengths(lambda _: [[ratio]], ratio, 0, sink=sink, floor=0, dithered=False, source="this layer")
+        return _kept_mask(prompt, source.shares([prompt], [0])[0], method)
+
+    def faded_divergence(self, gates: Mapping[int, Tensor], continuation: Continuation) -> Tensor:
+        """What it costs when pairs are seen to a degree: float64 [batch], differentiable.
+
+        Args:
+            gates: [batch, kv_heads, n] by layer index, added to the attention logits of the prompt's pairs.
+            continuation: what is fed.
+        """
+        return continuation.divergence(self._log_probs(continuation.fed, {}, gates)[:, continuation.skipped :])
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Without gradients for the model's weights."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     @torch.no_grad()
     def reconstruction(self) -> list[Tensor]:
@@ -187,142 +315,56 @@ class AnsweredPrompt:
             self.cache.observer = None
         return valid_rows(torch.stack([largest.of_layer[index] for index in self.layers]), self.valid)
 
-    def _prompt(self, index: int, image: Tensor | None) -> LayerPrompt:
+    def _prompt(self, index: int, method: Method, image: Tensor | None) -> LayerPrompt:
         """One layer's prompt, as the pipeline takes it."""
         pairs: Any = self.cache.layers[index]
-        keys, scores = pairs.keys, self.scores[index]
+        keys, of_all = pairs.keys, self._scores.of[score_key(method)][index]
         # A model that stores other heads than it attends with (latent attention) cannot keep keys by head.
-        scores = scores if scores.shape[1] == keys.shape[1] else join_heads(scores, "mean")
+        scores = of_all if of_all.shape[1] in (1, keys.shape[1]) else join_heads(of_all, "mean")
         valid, image = (None if each is None else each.to(keys.device) for each in (self.valid, image))
-        return LayerPrompt(keys, pairs.values, [], scores=scores, valid=valid, image=image, lengths=self.n_tokens)
+        lengths = [keys.shape[2]] * keys.shape[0] if valid is None else valid.sum(1).tolist()
+        return LayerPrompt(
+            keys, pairs.values, [], scores=scores, scores_of_all=of_all, valid=valid, image=image, lengths=lengths
+        )
 
-    def _counting_tokens(self) -> Tensor:
+    def _counting_tokens(self, fed: Tensor) -> Tensor:
         """Bool [batch, n_answer - 1]: the answer's tokens from the second to the first that ends it."""
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        ended = torch.isin(self.answer, torch.tensor(ends, device=self.answer.device, dtype=self.answer.dtype))
+        ended = torch.isin(fed, torch.tensor(ends, device=fed.device, dtype=fed.dtype))
         return (ended.cumsum(1) - ended.long() == 0)[:, 1:]
 
-    @torch.no_grad()
-    def _log_probs(self, kept: Mapping[int, Tensor]) -> Tensor:
-        """[batch, n_answer - 1, vocabulary], of the answer's tokens from the second on."""
+    def _log_probs(self, fed: Tensor, kept: Mapping[int, Tensor], gates: Mapping[int, Tensor] | None = None) -> Tensor:
+        """[batch, n_fed, vocabulary], of what follows these tokens behind the prompt."""
         self._forwards.restore(self.cache)
-        self.cache.kept = kept
-        tokens, positions = self.answer[:, :-1], self._forwards.positions
-        width = tokens.shape[1] if self._at_once else 1
+        self.cache.kept, self.cache.gates = kept, gates or {}
+        width = fed.shape[1] if self._at_once else 1
         found = []
-        with evaluating(self.model):
-            for start in range(0, tokens.shape[1], width):
+        with evaluating(self.model), torch.set_grad_enabled(gates is not None):
+            for start in range(0, fed.shape[1], width):
                 more: dict[str, Any] = {}
-                if positions is not None:
-                    more["position_ids"] = positions[..., start : start + width]
+                if (positions := self._forwards.positions(start, width)) is not None:
+                    more["position_ids"] = positions
                 if self._mask is not None:
                     more["attention_mask"] = torch.nn.functional.pad(self._mask, (0, start + width), value=1)
-                some = tokens[:, start : start + width]
+                some = fed[:, start : start + width]
                 found.append(self.model(input_ids=some, past_key_values=self.cache, use_cache=True, **more).logits)
-        self.cache.kept = {}
+        self.cache.kept, self.cache.gates = {}, {}
         logits = torch.cat(found, dim=1)
         return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
+def _check(model: Any) -> None:
+    """Refuse a model whose answers cannot be measured."""
+    if not getattr(model, "can_generate", lambda: False)():
+        raise TypeError(f"{type(model).__name__} cannot generate, so what pruning costs it cannot be measured")
+    backend = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None) or "eager"
+    if "flash" in backend:
+        raise ValueError(f"{backend} cannot hide pairs of single heads; load the model with sdpa or eager attention")
+
+
 def _mean(of_tokens: Tensor, counting: Tensor) -> Tensor:
     return (of_tokens.double() * counting).sum(1) / counting.sum(1)
-
-
-class _Forwards:
-    """What `generate` gives the model's decoder, and the full cache as it is after the prompt.
-
-    Used as a context around `generate`; a hook on the decoder sees the prompt's forward and each step.
-
-    Attributes:
-        positions: of the answer's tokens that were fed, int64 [..., batch, n_answer - 1]; None: the decoder finds them.
-    """
-
-    def __init__(self, model: Any, cache: ObservedCache):
-        self._decoder, self._cache = model.get_decoder(), cache
-        self._prompt: dict[str, Any] = {}
-        self._steps: list[Tensor | None] = []
-        self._saved: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Forwards:
-        self._handle = self._decoder.register_forward_pre_hook(self._note, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._handle.remove()
-
-    def _note(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        positions = kwargs.get("position_ids")
-        if not self._prompt:
-            self._prompt = {**kwargs, **({"input_ids": args[0]} if args else {})}
-            return
-        if not self._saved:
-            self._saved = [_state(layer) for layer in self._cache.layers]
-        self._steps.append(positions)
-
-    @property
-    def positions(self) -> Tensor | None:
-        steps = [step for step in self._steps if step is not None]
-        return torch.cat(steps, dim=-1) if steps else None
-
-    def restore(self, cache: ObservedCache) -> None:
-        """Bring the cache back to the end of the prompt."""
-        for layer, saved in zip(cache.layers, self._saved, strict=True):
-            own = vars(layer)
-            own.clear()
-            own.update(copy.deepcopy(saved) if _is_in_place(layer) else saved)
-
-    def repeat_prompt(self, mask: Tensor | None, order: Tensor | None) -> None:
-        """Feed the decoder the prompt once more, behind itself.
-
-        Args:
-            mask: int64 [batch, n], 0 at padding; None: no padding.
-            order: int64 [batch, n], in which order each row's tokens are fed; None: as they were.
-        """
-        again = dict(self._prompt)
-        if again.get("position_ids") is not None:
-            again["position_ids"] = positions_behind(again["position_ids"])
-        if order is not None:
-            again = {name: _in_order(value, order, name) for name, value in again.items()}
-        more = {name: value for name, value in again.items() if name not in _OF_ONE_FORWARD}
-        if mask is not None:
-            more["attention_mask"] = torch.cat([mask, mask if order is None else mask.gather(1, order)], dim=1)
-        for name in ("inputs_embeds", "input_ids", "position_ids"):
-            if again.get(name) is not None and not (name == "input_ids" and "inputs_embeds" in more):
-                more[name] = again[name]
-        self._decoder(past_key_values=self._cache, use_cache=True, **more)
-
-
-def _in_order(value: Any, order: Tensor, name: str) -> Any:
-    """A tensor of tokens, [batch, n, ...] or positions [..., batch, n], with each row's tokens in this order."""
-    if not isinstance(value, Tensor):
-        return value
-    if name == "position_ids":
-        return value.expand(*value.shape[:-2], *order.shape).gather(-1, order.expand(*value.shape[:-2], -1, -1))
-    if value.shape[:2] != order.shape:
-        return value
-    return value.take_along_dim(order.view(*order.shape, *[1] * (value.ndim - 2)), 1)
-
-
-def _is_in_place(layer: Any) -> bool:
-    """Whether the layer's tensors change in place, as the states of linear attention do."""
-    return not hasattr(layer, "keys") or hasattr(layer, "conv_states")
-
-
-def _state(layer: Any) -> dict[str, Any]:
-    return copy.deepcopy(vars(layer)) if _is_in_place(layer) else dict(vars(layer))
-
-
-def positions_behind(positions: Tensor) -> Tensor:
-    """The same positions, moved so that they follow the last one: [batch or 1, n], or [3 or 4, batch, n] of M-RoPE.
-
-    The three axes of M-RoPE move together; a fourth, which stands first, is that of the text and moves by itself.
-    """
-    if positions.ndim == 2:
-        return positions + positions.amax(1, keepdim=True) + 1
-    text, axes = positions[:-3], positions[-3:]
-    moved = axes + axes.amax((0, 2), keepdim=True) + 1
-    return torch.cat([text + text.amax(2, keepdim=True) + 1, moved]) if len(text) else moved
 
 
 def _kept_mask(prompt: LayerPrompt, share: Share, method: Method) -> Tensor:

@@ -7,9 +7,9 @@ and a sample. Comes out: the scores of each row. What the scores are good for is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..cache.pipeline import score_call
 from ..cache.segments import Shown
 from ..cache.tensor_parallel import ALONE, HeadRanks
 from ..methods import Method
+from ..methods.method import Ranking
 from ..rules.importance import DEFAULT_MAX_BYTES
 from ..rules.masks import valid_tokens
 from ..rules.scoring import join_heads
@@ -78,6 +79,7 @@ class ObservedCache(Cache):
         observer: what looks at the calls; None: nothing does.
         kept: bool [batch, kv_heads, n] by layer index, which of the first n pairs attention sees; a layer that is not
             there shows all.
+        gates: float [batch, kv_heads, n] by layer index, added to the attention logits of the first n pairs.
 
     Raises:
         TypeError, ValueError: the model cannot be pruned; see architecture.py.
@@ -88,6 +90,7 @@ class ObservedCache(Cache):
         self.prunable = [index for index, (kind, _) in enumerate(found) if kind == PRUNABLE]
         self.observer: Observer | None = None
         self.kept: Mapping[int, Tensor] = {}
+        self.gates: Mapping[int, Tensor] = {}
         own = DynamicLayer if stored else PassingLayer
         layers: list[Any] = [own() if kind == PRUNABLE else whole for kind, whole in found]
         super().__init__(layers=layers)
@@ -111,11 +114,14 @@ class ObservedCache(Cache):
         return Shown(None, own_mask=True, ragged=True, positions=positions)
 
     def before_attention(self, handed: HandedOut, call: AttentionCall) -> None:
-        """Nothing is to be noted."""
+        """Put the gates into the mask."""
+        gates = self.gates.get(handed.layer_idx)
+        if gates is not None:
+            call.mask = gated_mask(call.mask, gates, call.query, call.key.shape[2])
 
     def watches(self, handed: HandedOut) -> bool:
-        """Whether anything looks at the calls."""
-        return self.observer is not None
+        """Whether anything looks at the calls, or changes them."""
+        return self.observer is not None or handed.layer_idx in self.gates
 
     def wants_log_sum_exp(self, handed: HandedOut) -> bool:
         """Whether the observer will ask for the importance of all queries."""
@@ -125,6 +131,25 @@ class ObservedCache(Cache):
         """Show the call to the observer. Where layers share keys, the index is that of the layer that made them."""
         if self.observer is not None:
             self.observer.look(handed.layer_idx, calls[0])
+
+
+def gated_mask(mask: Any, gates: Tensor, query: Tensor, n_keys: int) -> Tensor:
+    """The mask with something added for each head: float [batch, query_heads, n_queries, n_keys].
+
+    Args:
+        mask: as sdpa and eager attention take it: bool, or float that is added; None: all is seen.
+        gates: [batch, kv_heads, n], of the first n keys.
+        query: [batch, query_heads, n_queries, head_dim].
+        n_keys: how many keys the call has.
+    """
+    n_heads = query.shape[1]
+    added = torch.nn.functional.pad(gates, (0, n_keys - gates.shape[2])).to(query.dtype)
+    added = added.repeat_interleave(n_heads // gates.shape[1], dim=1)[:, :, None].expand(-1, -1, query.shape[2], -1)
+    if mask is None:
+        return added
+    mask = mask[..., :n_keys]
+    lowest = torch.finfo(query.dtype).min
+    return added.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (added + mask).clamp_min(lowest)
 
 
 class Observer(Protocol):
@@ -139,46 +164,56 @@ class Observer(Protocol):
         ...
 
 
+ScoreKey: TypeAlias = tuple[Ranking, int]
+
+
+def score_key(method: Method) -> ScoreKey:
+    """What of a method its scores depend on: ranking and sink."""
+    return method.ranking, method.protect.sink
+
+
 class Scores:
-    """Observer of the prompt's forward: scores its keys.
+    """Observer of the prompt's forward: scores its keys, by one method or several.
 
     Args:
-        method: how keys are ranked.
+        methods: how keys are ranked.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
 
     Attributes:
-        of_layer: float32 [batch, all kv_heads, n] by layer index; [batch, 1, n] where heads agree on keys.
+        of: by ranking and sink: float32 [batch, all kv_heads, n] by layer index; [batch, 1, n] where heads agree.
+        seen: layers that were scored.
         valid: bool [batch, n], False at padding; None: no padding.
         ranks: the tensor-parallel ranks that share the heads.
     """
 
-    def __init__(self, method: Method, max_bytes: int):
-        self.method, self.max_bytes = method, max_bytes
-        self.of_layer: dict[int, Tensor] = {}
+    def __init__(self, methods: Sequence[Method], max_bytes: int):
+        self.max_bytes = max_bytes
+        self._methods = {score_key(method): method for method in methods}
+        self.of: dict[ScoreKey, dict[int, Tensor]] = {key: {} for key in self._methods}
+        self.seen: dict[int, bool] = {}
         self.valid: Tensor | None = None
         self.ranks = ALONE
 
     def wants_log_sum_exp(self, layer_idx: int) -> bool:
         """Whether all queries of the coming call count."""
-        ranking = self.method.ranking
-        return (
-            layer_idx not in self.of_layer
-            and ranking.score == "attention"
-            and "all" in (ranking.queries, ranking.context)
+        return layer_idx not in self.seen and any(
+            ranking.score == "attention" and "all" in (ranking.queries, ranking.context) for ranking, _ in self.of
         )
 
     def look(self, layer_idx: int, call: AttentionCall) -> None:
         """Score the keys of one layer, at the first call that shows them."""
-        if layer_idx in self.of_layer:
+        if layer_idx in self.seen:
             return
         n = call.query.shape[2]
-        if not self.of_layer:
+        if not self.seen:
             valid = valid_tokens(call.mask, n)
             self.valid = None if valid is None or bool(valid.all()) else valid.expand(call.key.shape[0], -1)
             self.ranks = HeadRanks.of(call.module)
         valid = None if self.valid is None else self.valid.to(call.key.device)
-        scores = score_call(call, self.method, n, valid, self.method.protect.sink, self.max_bytes)
-        self.of_layer[layer_idx] = join_heads(scores, self.method.ranking.heads)
+        for key, method in self._methods.items():
+            scores = score_call(call, method, n, valid, method.protect.sink, self.max_bytes)
+            self.of[key][layer_idx] = join_heads(scores, method.ranking.heads)
+        self.seen[layer_idx] = True
 
 
 def valid_rows(of_batch: Tensor, valid: Tensor | None) -> list[Tensor]:
@@ -220,13 +255,14 @@ def observe(
     """
     inputs = model_inputs(model, sample)
     cache = ObservedCache(model.config, stored=False)
-    cache.observer = scores = Scores(method, max_bytes)
+    cache.observer = scores = Scores([method], max_bytes)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1  # one row of logits is the fewest that there can be
     with evaluating(model):
         model(**inputs, past_key_values=cache, use_cache=True)
-    check_observed(model, cache.prunable, scores.of_layer)
-    of_layers = torch.stack([scores.of_layer[index].mean(1, keepdim=True).cpu() for index in cache.prunable])
+    check_observed(model, cache.prunable, scores.seen)
+    found = scores.of[score_key(method)]
+    of_layers = torch.stack([found[index].mean(1, keepdim=True).cpu() for index in cache.prunable])
     return [row[:, 0] for row in valid_rows(of_layers, scores.valid)]
 
 
@@ -254,7 +290,7 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def check_observed(model: Any, layers: list[int], observed: Mapping[int, Tensor]) -> None:
+def check_observed(model: Any, layers: list[int], observed: Container[int]) -> None:
     """Raise an `UnobservedAttentionError` where a layer's attention was not seen."""
     unseen = [index for index in layers if index not in observed]
     if not unseen:

@@ -16,15 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods import DEFAULT, Method
+from ..methods import DEFAULT, PREFIXKV, Method, resolve
 from ..profiles.profile import MAX_MEAN_ERROR, PrefixProfile
 from ..rules.checks import check_budget, check_choice, check_integer
 from ..rules.importance import DEFAULT_MAX_BYTES
+from .descent import ANCHORS, EACH, MOST_VISITS, Descent
 from .propose import CRITERIA, UNITS, blends, loss_ratios
 
 DEFAULT_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Closer together where lengths change most; between two of them a profile interpolates."""
 MEASURED = "measured"
+UNIFORM, PAPER = "uniform", "paper"
+"""Candidates that the others are held against: equal lengths, and the paper's ranking and search."""
+RANKINGS = (
+    "default:floor=16",
+    "default:floor=28",
+    "default:score=attention;recent=0.1",
+    "default:score=attention;recent=0.1;floor=16",
+)
+"""Methods that the best lengths are also tried with, where no method was asked for."""
 WRITTEN = ("method", "n_layers", "n_heads", "by", "measured")
 """Metadata that the calibrator writes by what it found."""
 
@@ -33,8 +43,21 @@ _NOTHING = 1e-3  # a divergence far below it is no difference worth a choice, in
 _MAX_SPREAD_VALUES = 2**16
 
 Row = dict[str, Any]
-Costs = dict[str, list[tuple[float, float]]]
-"""By proposal: (divergence, agreement) at each budget."""
+Costs = dict[str, list[tuple[float, float, float]]]
+"""By proposal: (divergence, agreement, exact) at each budget."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What may become the profile.
+
+    Attributes:
+        keep: float64 [n_budgets, 1 or n_layers, 1 or n_heads], keep ratios.
+        method: how keys are ranked.
+    """
+
+    keep: Tensor
+    method: Method
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,7 @@ class Plan:
         unit: `"layer"`: one length a layer, or `"head"`: one for each key head.
         budgets: fractions kept, rising, each in (0, 1].
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
+        rankings: with `by="measured"`, other methods that the best lengths are also tried with.
 
     Raises:
         TypeError, ValueError: an argument is not what is described above.
@@ -57,6 +81,17 @@ class Plan:
     unit: str = "layer"
     budgets: tuple[float, ...] = DEFAULT_BUDGETS
     max_bytes: int = DEFAULT_MAX_BYTES
+    rankings: tuple[Method, ...] = ()
+
+    @classmethod
+    def asked(cls, method: Method | str | None, by: str, unit: str, budgets: Sequence[float]) -> Plan:
+        """The plan of a calibration.
+
+        Without a method: for the paper's search the paper's, else the default, and if it is measured, others as well.
+        """
+        others = tuple(map(Method.parse, RANKINGS)) if method is None and by == MEASURED else ()
+        method = PREFIXKV if method is None and by == "mass" else resolve(method)
+        return cls(method, by, unit, tuple(budgets), rankings=others)
 
     def __post_init__(self) -> None:
         check_choice("by", self.by, (*CRITERIA, MEASURED))
@@ -67,6 +102,11 @@ class Plan:
         check_integer("max_bytes", self.max_bytes, 1)
         if self.method.protect.merge and self.by in (MEASURED, "loss"):
             raise ValueError(f"by={self.by!r} hides pruned pairs, and merge=True mixes them into others: take another")
+        if self.by == "mass" and self.method.ranking.score == "combined":
+            raise ValueError(
+                f"by='mass' sums what keys score, and method {self.method.spell()!r} scores places: take another "
+                "method, such as 'prefixkv', or by='measured'"
+            )
         if (self.by, self.unit) == ("mass", "head") and not self.heads_differ:
             raise ValueError(
                 f"by='mass' searches lengths on scores, and method {self.method.spell()!r} has one score for all heads "
@@ -98,11 +138,19 @@ class Plan:
         left_out = {"mass/head"} if not self.heads_differ else set()
         if self.method.ranking.score != "attention":  # other scores are no mass
             left_out |= {"mass/layer", "mass/head"}
-        return tuple(name for name in names if name not in left_out)
+        return (*(name for name in names if name not in left_out), PAPER)
 
     def sets_aside(self, index: int) -> bool:
         """Whether a sample is for measuring, and proposals are made without it."""
         return self.is_measured and index % 3 == 1
+
+    def steps(self, n_found: int, n_aside: int) -> int:
+        """How much there is to do, in prompts, for so many samples of either kind."""
+        return n_found + (n_aside * (2 + bool(self.rankings)) + self.visits(n_found) if self.is_measured else 0)
+
+    def visits(self, n_samples: int) -> int:
+        """Prompts that a descent looks at."""
+        return min(EACH * n_samples, MOST_VISITS)
 
     def keep(self, name: str, rows: Sequence[Row]) -> Tensor:
         """The keep ratios of one proposal: float64 [n_budgets, n_layers, n_heads], the mean over the samples.
@@ -117,13 +165,39 @@ class Plan:
         self._check_means(keep, lengths)
         return keep
 
-    def candidates(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """All that is measured: keep ratios by name, uniform lengths first. A table that a row lacks is left out."""
+    def candidates(self, rows: Sequence[Row]) -> dict[str, Candidate]:
+        """Proposals by name, uniform lengths first. A table that a row lacks is left out."""
         names = [name for name in self.proposals if all(name in row["tables"] for row in rows)]
-        found = {"uniform": torch.tensor(self.budgets, dtype=torch.float64).view(-1, 1, 1)}
+        found = {UNIFORM: Candidate(torch.tensor(self.budgets, dtype=torch.float64).view(-1, 1, 1), self.method)}
         for name in names:
-            found.update(blends(name, self.keep(name, rows), self.budgets))
+            keep = self.keep(name, rows)
+            if name == PAPER:
+                found[name] = Candidate(keep, PREFIXKV)
+            else:
+                found.update((own, Candidate(each, self.method)) for own, each in blends(name, keep, self.budgets))
         return found
+
+    def ranked(self, name: str, keep: Tensor) -> dict[str, Candidate]:
+        """The lengths of one candidate, with each of the other rankings."""
+        return {f"{name}, {method.spell()}": Candidate(keep, method) for method in self.rankings}
+
+    def improved(self, keep: Tensor, method: Method) -> dict[str, Candidate]:
+        """Lengths that were improved by gradient, as they are and with the floors of the other rankings."""
+        floors = dict.fromkeys(each.lengths.floor for each in (method, *self.rankings))
+        found = {floor: Candidate(keep, method.replace(floor=floor)) for floor in floors}
+        return {
+            f"gradient/{self.unit}" + (f", floor {floor}" if floor != method.lengths.floor else ""): each
+            for floor, each in found.items()
+        }
+
+    def descent(self, keep: Tensor, n_layers_and_heads: tuple[int, int], visits: int) -> Descent:
+        """The descent from these lengths."""
+        n_layers, n_heads = n_layers_and_heads
+        units = 1 if self.unit == "layer" else n_heads
+        keep = keep.expand(-1, n_layers, -1) if units > 1 else keep.mean(2, keepdim=True).expand(-1, n_layers, -1)
+        profile = PrefixProfile(list(self.budgets), keep)
+        start = torch.stack([profile.keep_ratios(anchor) for anchor in ANCHORS])
+        return Descent(start.expand(-1, -1, units).clone(), ANCHORS, visits)
 
     def _check_means(self, keep: Tensor, lengths: Sequence[int]) -> None:
         for budget, mean in zip(self.budgets, keep.mean((1, 2)).tolist(), strict=True):
@@ -158,25 +232,27 @@ def _mean(tables: Sequence[Any], divisors: Sequence[int] | None = None) -> Tenso
 def mean_costs(rows: Sequence[Row]) -> Costs:
     """What each candidate cost on the samples set aside: the mean over the rows."""
     names = rows[0]["tables"]
-    return {name: [tuple(pair) for pair in _mean([row["tables"][name] for row in rows]).tolist()] for name in names}
+    return {name: [tuple(each) for each in _mean([row["tables"][name] for row in rows]).tolist()] for name in names}
 
 
 def advantage(costs: Costs, name: str) -> float:
     """Mean over the budgets of log(divergence / that of uniform lengths): negative where it is better."""
-    pairs = zip(costs[name], costs["uniform"], strict=True)
-    logs = [math.log((kl + _NOTHING) / (uniform + _NOTHING)) for (kl, _), (uniform, _) in pairs]
+    pairs = zip(costs[name], costs[UNIFORM], strict=True)
+    logs = [math.log((kl + _NOTHING) / (uniform + _NOTHING)) for (kl, *_), (uniform, *_) in pairs]
     return math.fsum(logs) / len(logs)
 
 
 def best(costs: Costs) -> str:
-    """The proposal with the least divergence against uniform lengths; of equals the first."""
-    return min((name for name in costs if name != "uniform"), key=lambda name: advantage(costs, name))
+    """The candidate with the least divergence against uniform lengths; of equals the first."""
+    return min((name for name in costs if name not in (UNIFORM, PAPER)), key=lambda name: advantage(costs, name))
 
 
 def measured_field(costs: Costs, name: str, budgets: Sequence[float], n_samples: int) -> str:
-    """The metadata `measured` of a profile: JSON, by budget, with uniform lengths beside."""
-    fields = ("kl", "agreement", "uniform_kl", "uniform_agreement")
-    rows = [(*own, *uniform) for own, uniform in zip(costs[name], costs["uniform"], strict=True)]
+    """The metadata `measured` of a profile: JSON, by budget, with uniform lengths and the paper beside."""
+    beside = [(name, ""), *((each, f"{each}_") for each in (UNIFORM, PAPER) if each in costs)]
+    fields = [f"{prefix}{field}" for _, prefix in beside for field in ("kl", "agreement", "exact")]
+    columns = [costs[each] for each, _ in beside]
+    rows = [[value for cost in row for value in cost] for row in zip(*columns, strict=True)]
     by_budget = {
         f"{budget:g}": dict(zip(fields, (float(f"{value:.4g}") for value in row), strict=True))
         for budget, row in zip(budgets, rows, strict=True)
@@ -186,7 +262,11 @@ def measured_field(costs: Costs, name: str, budgets: Sequence[float], n_samples:
 
 
 def make_profile(
-    plan: Plan, rows: Sequence[Row], metadata: Mapping[str, str], measured: Sequence[Row] = ()
+    plan: Plan,
+    rows: Sequence[Row],
+    metadata: Mapping[str, str],
+    measured: Sequence[Row] = (),
+    candidates: Mapping[str, Candidate] | None = None,
 ) -> PrefixProfile:
     """The profile of a calibration.
 
@@ -195,6 +275,7 @@ def make_profile(
         rows: what was found in the samples that proposals are made of.
         metadata: more to write into it.
         measured: what the candidates cost on the samples set aside, where the plan is to measure.
+        candidates: those that were measured.
 
     Raises:
         ValueError: a budget is too small for prompts this short.
@@ -203,23 +284,23 @@ def make_profile(
     if plan.is_measured:
         costs = mean_costs(measured)
         name = best(costs)
-        keep = plan.candidates(rows)[name]
+        won = (candidates or {})[name]
         more["measured"] = measured_field(costs, name, plan.budgets, len(measured))
     else:
         name = plan.proposals[0]
-        keep = plan.keep(name, rows)
+        won = Candidate(plan.keep(name, rows), plan.method)
         more.update(_spread(plan, name, rows))
     lengths = [row["n_tokens"] for row in rows]
     described = {
-        "method": plan.method.spell(full=True),
-        "by": name,
+        "method": won.method.spell(full=True),
+        "by": name.partition(",")[0],
         "samples": str(len(rows) + len(measured)),
         "tokens_min": str(min(lengths)),
         "tokens_mean": f"{math.fsum(lengths) / len(lengths):.1f}",
         "tokens_max": str(max(lengths)),
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    return PrefixProfile(list(plan.budgets), keep, {**described, **more, **metadata})
+    return PrefixProfile(list(plan.budgets), won.keep, {**described, **more, **metadata})
 
 
 def _spread(plan: Plan, name: str, rows: Sequence[Row]) -> dict[str, str]:

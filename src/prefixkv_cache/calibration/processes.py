@@ -92,20 +92,22 @@ class Report:
         tqdm.write(line, file=sys.stderr)
 
     @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, total: int, unit: str = "sample") -> Iterator[Callable[[int], None]]:
         """Show a progress bar for the first process.
 
         Args:
-            total: samples that this process will do.
+            total: samples, or others of this unit, that this process will do.
+            unit: what is counted.
 
         Yields:
-            what to call with the number of samples done.
+            what to call with the number done.
         """
         share = "" if self.processes.count == 1 else f" (1 of {self.processes.count} processes)"
         hidden = self.processes.rank != 0
-        with tqdm(total=total, unit="sample", desc=self.doing + share, file=sys.stderr, disable=hidden) as bar:
+        with tqdm(total=total, unit=unit, desc=self.doing + share, file=sys.stderr, disable=hidden) as bar:
             yield lambda done: _update(bar, done)
 
 
 def _update(bar: Any, done: int) -> None:
-    bar.update(done - bar.n)
+    if done != bar.n:
+        bar.update(done - bar.n)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ class CalibrationState:
     def __contains__(self, key: str) -> bool:
         return key in self.samples
 
-    def stage(self, name: str) -> Iterator[Any]:
-        """The findings of one stage, in the order of the samples: those under `name/0`, `name/1`, ..."""
-        keys = [key for key in self.samples if key.rpartition("/")[0] == name]
-        return (self.samples[key] for key in sorted(keys, key=lambda key: int(key.rpartition("/")[2])))
+    def of(self, stage: str) -> list[tuple[str, Any]]:
+        """(key, findings) of one stage, in the order of the samples: those under `stage/0`, `stage/1`, ..."""
+        keys = [key for key in self.samples if key.rpartition("/")[0] == stage]
+        return [(key, self.samples[key]) for key in sorted(keys, key=lambda key: int(key.rpartition("/")[2]))]
 
     def add(self, key: str, finding: Any) -> None:
         """Take in a sample; now and then write the file."""

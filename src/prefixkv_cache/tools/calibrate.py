@@ -16,15 +16,16 @@ import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_method, add_model, budgets, count, load, positive
+from .arguments import add_method, add_model, budgets, count, load, out_path, positive
 
 if TYPE_CHECKING:
-    from ..calibration.calibrate import Job, Run
     from ..calibration.plan import Plan
     from ..calibration.processes import Processes, Report
+    from ..calibration.run import Job, Run
     from .data import Record
 
 
@@ -59,12 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from ..calibration.plan import DEFAULT_BUDGETS, Plan
     from ..calibration.processes import Report, join_processes
-    from ..methods import resolve
     from .data import read_records
 
     chosen = arguments.budgets or DEFAULT_BUDGETS
-    plan = Plan(resolve(arguments.method), arguments.by, arguments.unit, chosen)
-    out = _check_out(arguments.out)
+    plan = Plan.asked(arguments.method, arguments.by, arguments.unit, chosen)
+    out = _check_out(arguments.out, arguments.resume)
     all_records = read_records(arguments.data, arguments.images, arguments.prompt)
     records = _choose(all_records, arguments.samples, arguments.seed)
     with join_processes(arguments) as processes:
@@ -79,14 +79,14 @@ def run(arguments: argparse.Namespace) -> None:
             _write(running, out, _source(arguments, len(all_records)))
 
 
-def _check_out(out: str) -> Path:
+def _check_out(out: str, resume: bool) -> Path:
     from ..profiles.file import SUFFIX
 
-    path = Path(out)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"--out is {out!r}; a profile's name ends in {SUFFIX}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out is {out!r}; there is no folder {os.fspath(path.parent)!r}")
+    path = out_path(out, "a profile", SUFFIX)
+    if not resume and (left := _state_files(path)):
+        raise ValueError(
+            f"{os.fspath(left[0])!r} holds what an interrupted calibration found: go on with --resume, or delete it"
+        )
     return path
 
 
@@ -114,11 +114,12 @@ class _Records:
         self.records, self.batch_size, self.processes = records, batch_size, processes
         self._model, self._processor = model, processor
 
-    def jobs(self, indices: Sequence[int]) -> list[Job]:
-        """Batches of these records in order, this process's share of them."""
-        from ..calibration.calibrate import Job
+    def jobs(self, indices: Sequence[int], shared: bool = True) -> list[Job]:
+        """Batches of these records in order; this process's share of them, or all."""
+        from ..calibration.run import Job
 
-        starts = range(0, len(indices), self.batch_size)[self.processes.rank :: self.processes.count]
+        starts = range(0, len(indices), self.batch_size)
+        starts = starts[self.processes.rank :: self.processes.count] if shared else starts
         return [Job(tuple(indices[start : start + self.batch_size]), self._load) for start in starts]
 
     def _load(self, indices: tuple[int, ...]) -> Mapping[str, Any]:
@@ -131,33 +132,38 @@ class _Records:
 
 def _work(running: Run, records: _Records, report: Report) -> None:
     """Find and measure, this process's share; what the others have found is brought together after each."""
+    from ..calibration.calibrate import IMPROVED_ON
+
     aside = [index for index in range(len(records.records)) if running.plan.sets_aside(index)]
-    jobs = records.jobs(sorted({*range(len(records.records))} - {*aside}))
-    jobs_aside = records.jobs(aside)
+    others = sorted({*range(len(records.records))} - {*aside})
+    jobs, jobs_aside = records.jobs(others), records.jobs(aside)
+    improve_on = records.jobs(others[:IMPROVED_ON], shared=False) if records.processes.rank == 0 else []
     running.on_error = _say_failed(report, records.records)
+    running.share = partial(_gather, records.processes, running)
     try:
-        with report.bar(sum(len(job.indices) for job in (*jobs, *jobs_aside))) as progress, running:
+        n_found, n_aside = (sum(len(job.indices) for job in each) for each in (jobs, jobs_aside))
+        with report.bar(running.plan.steps(n_found, n_aside), "prompt") as progress, running:
             running.progress = progress
-            running.find(jobs)
-            _gather(records.processes, running)
-            running.measure(jobs_aside)
+            running.work(jobs, jobs_aside, improve_on)
     except KeyboardInterrupt:
         kept = len(running.state.samples)
-        print(f"prefixkv calibrate: {kept} samples are kept; go on with --resume", file=sys.stderr)
+        said = (
+            f"{kept} samples are kept in {running.state.path}; go on with --resume" if kept else "nothing is kept yet"
+        )
+        print(f"prefixkv calibrate: {said}", file=sys.stderr)
         raise
-    _gather(records.processes, running)
 
 
 def _say_failed(report: Report, records: Sequence[Record]) -> Callable[[int, Exception], None]:
     """What to call with each failed sample, in the process that has it."""
-    from ..calibration.calibrate import describe_error
+    from ..calibration.find import describe_error
 
     return lambda index, error: report.write(f"skipped record {records[index].id!r}: {describe_error(error)}")
 
 
 def _gather(processes: Processes, running: Run) -> None:
     """Bring what all have found together in the state of each, and the failures of all."""
-    from ..calibration.calibrate import describe_error
+    from ..calibration.find import describe_error
 
     if processes.count == 1:
         return
@@ -173,9 +179,10 @@ def _write(running: Run, out: Path, source: str) -> None:
 
     profile = running.profile({**describe_model(running.model), "source": source})
     profile.save(out)
-    _remove(_state_files(out))
+    for path in _state_files(out):
+        path.unlink(missing_ok=True)
     if profile.measured is not None:
-        print("\n".join(table(mean_costs(running.measured()), running.plan.budgets)))
+        print("\n".join(table(mean_costs(running.measured()[1]), running.plan.budgets)))
         beats = "beats" if profile.measured["beats_uniform"] else "does not beat"
         print(f"kept: {profile.metadata['by']}, which {beats} uniform lengths on the samples set aside")
     skipped = f", {len(running.failures)} skipped" if running.failures else ""
@@ -187,10 +194,12 @@ def _write(running: Run, out: Path, source: str) -> None:
 
 
 def _start(model: Any, plan: Plan, records: Sequence[Record], out: Path, report: Report, resume: bool) -> Run:
-    from ..calibration.calibrate import Run, check_model, fingerprint_calibration
+    from ..calibration.calibrate import check_model, fingerprint_calibration
+    from ..calibration.run import Run
     from ..calibration.state import CalibrationState
 
     check_model(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
     processes = report.processes
     asked = [(record.id, record.prompt, [path.name for path in record.images]) for record in records]
     data = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
@@ -199,17 +208,11 @@ def _start(model: Any, plan: Plan, records: Sequence[Record], out: Path, report:
     if resume:
         for path in _state_files(out):
             state.read(path)
-    elif processes.rank == 0:
-        _remove(_state_files(out))
-    processes.wait()  # nobody writes before all have read, or the old files are gone
+    processes.wait()  # nobody writes before all have read
     return Run(model, plan, state, _say_failed(report, records))
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
 
 
 def _state_files(out: Path) -> list[Path]:
     ours = re.compile(re.escape(out.name) + r"\.state(-\d+)?\.json")
-    return [path for path in sorted(out.parent.iterdir()) if ours.fullmatch(path.name)]
+    there = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
+    return [path for path in there if ours.fullmatch(path.name)]

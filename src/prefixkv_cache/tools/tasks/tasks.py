@@ -4,6 +4,8 @@
 - `lookup`: three codes are hidden in a passage, and the question for one of them ends the prompt.
 - `turn2`: the same, but the question comes in a second turn, after the pruning.
 - `continuation`: a passage without a chat around it; the answer is how it goes on.
+- `extract`: three codes are hidden in a passage, and all are asked for at the end.
+- `pairs`: a list of words of a passage, each with a number, and the question for one of them at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from .passages import PASSAGE, passages
 
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Hanoi", "Quito", "Dakar", "Riga", "Perth", "Seoul", "Turin", "Leeds")
 _CONTINUED = 200  # characters of a passage that are the answer of `continuation`
+_CHARACTERS_A_PAIR = 30  # of a passage for each line of `pairs`, so that its prompt is as long as the other tasks'
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ def summary(passage: str, number: int) -> Case:
 
 def lookup(passage: str, number: int) -> Case:
     """Three codes hidden, one asked for."""
-    text, city, code = _hidden(passage, number)
+    text, (city, *_), (code, *_) = _hidden(passage, number)
     return Case(f"{text}\n\nWhat is the secret code of {city}?", lead=f"The secret code of {city} is ", answer=code)
 
 
 def turn2(passage: str, number: int) -> Case:
     """The question comes after the pruning."""
-    text, city, code = _hidden(passage, number)
+    text, (city, *_), (code, *_) = _hidden(passage, number)
     question = f"What is the secret code of {city}?"
     lead = f"The secret code of {city} is "
     return Case(f"Read this text.\n\n{text}", reply="I have read it.", question=question, lead=lead, answer=code)
@@ -88,8 +91,29 @@ def continuation(passage: str, number: int) -> Case:
     return Case(passage[:cut], chat=False, answer=passage[cut:])
 
 
-def _hidden(passage: str, number: int) -> tuple[str, str, str]:
-    """A passage with three codes between its sentences, and one of them: (text, city, code)."""
+def extract(passage: str, number: int) -> Case:
+    """All three codes, in the order asked."""
+    text, cities, codes = _hidden(passage, number)
+    asked = f"List the secret codes of {cities[0]}, {cities[1]} and {cities[2]}."
+    lines = "\n".join(f"{city}: {code}" for city, code in zip(cities, codes, strict=True))
+    lead = f"{cities[0]}: "
+    return Case(f"{text}\n\n{asked}", lead=lead, answer=lines.removeprefix(lead))
+
+
+def pairs(passage: str, number: int) -> Case:
+    """A list of words and numbers."""
+    choice = random.Random(number)
+    words = sorted({word for word in passage.split() if word.isalpha() and word.islower() and len(word) > 3})
+    words = choice.sample(words, min(len(words), len(passage) // _CHARACTERS_A_PAIR))
+    numbers = [str(choice.randint(1_000, 9_999)) for _ in words]
+    lines = "\n".join(f"{word}: {each}" for word, each in zip(words, numbers, strict=True))
+    asked = choice.randrange(len(words))
+    question = f"What is the number of {words[asked]}?"
+    return Case(f"{lines}\n\n{question}", lead=f"The number of {words[asked]} is ", answer=numbers[asked])
+
+
+def _hidden(passage: str, number: int) -> tuple[str, list[str], list[str]]:
+    """A passage with three codes between its sentences, cities and codes, the one that is asked for first."""
     choice = random.Random(number)
     cities = choice.sample(CITIES, 3)
     codes = [str(choice.randint(10_000, 99_999)) for _ in cities]
@@ -98,7 +122,8 @@ def _hidden(passage: str, number: int) -> tuple[str, str, str]:
     for place, city, code in zip(places, cities, codes, strict=True):
         sentences.insert(place, f"The secret code of {city} is {code}")
     asked = choice.randrange(3)
-    return ". ".join(sentences), cities[asked], codes[asked]
+    order = [asked, *(each for each in range(3) if each != asked)]
+    return ". ".join(sentences), [cities[each] for each in order], [codes[each] for each in order]
 
 
 TASKS: dict[str, Callable[[str, int], Case]] = {
@@ -106,6 +131,8 @@ TASKS: dict[str, Callable[[str, int], Case]] = {
     "lookup": lookup,
     "turn2": turn2,
     "continuation": continuation,
+    "extract": extract,
+    "pairs": pairs,
 }
 
 

@@ -1,0 +1,233 @@
+"""A calibration on its way: samples go through the model, findings are kept, and the next round follows from them.
+
+Rounds: find what proposals are made of; measure all proposals; measure the best lengths with other rankings; improve
+the best by gradient, and measure that. What a sample gives is in find.py, the arithmetic in plan.py and descent.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..profiles.profile import PrefixProfile
+from .descent import Descent
+from .find import answered, as_row, describe_error, find, is_out_of_memory, weigh
+from .observe import UnobservedAttentionError
+from .plan import Candidate, Plan, Row, best, make_profile, mean_costs
+from .state import CalibrationState
+
+OnError = Callable[[int, Exception], None]
+Progress = Callable[[int], None]
+FOUND = "found"
+"""Stage of the samples that proposals are made of."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Samples that go through the model together.
+
+    Attributes:
+        indices: of the samples; where there are several, each is one row.
+        load: makes what `model(**sample)` takes, of the indices that it is given: all of them, or one at a time where
+            together they failed.
+    """
+
+    indices: tuple[int, ...]
+    load: Callable[[tuple[int, ...]], Mapping[str, Any]]
+
+
+@dataclass
+class Run:
+    """A calibration on its way: a context in which jobs are done, and whose findings are saved when it ends early.
+
+    Attributes:
+        model, plan, state: what is calibrated, how, and what was found.
+        on_error: called with each failed sample.
+        progress: called with the number of samples done.
+        failures: the failed samples, by index.
+        share: called after each step; where several processes work, it brings their findings together.
+    """
+
+    model: Any
+    plan: Plan
+    state: CalibrationState
+    on_error: OnError
+    progress: Progress | None = None
+    failures: dict[int, Exception] = field(default_factory=dict)
+    share: Callable[[], None] = lambda: None
+    _done: int = 0
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.state.save()
+
+    def work(self, jobs: Iterable[Job], aside: Sequence[Job], improve_on: Sequence[Job]) -> None:
+        """Do everything.
+
+        Args:
+            jobs: what proposals are made of.
+            aside: what candidates are measured on.
+            improve_on: what lengths are improved on by gradient; empty: another process does that.
+        """
+        self._each(jobs, FOUND, partial(find, self.model, self.plan))
+        self.share()
+        for candidates in self._rounds(improve_on):
+            self._each(aside, _stage(candidates), partial(weigh, self.model, self.plan, candidates))
+            self.share()
+
+    def _rounds(self, improve_on: Sequence[Job] | None = None) -> Iterator[dict[str, Candidate]]:
+        """What to measure, one after the other; what comes next depends on what the last ones cost.
+
+        All lengths; the best of them with other rankings; the best of all, improved by gradient.
+
+        Args:
+            improve_on: as above; None: everything was done before.
+        """
+        rows = self.rows(FOUND)
+        if not self.plan.is_measured or not rows:
+            return
+        rounds = [self.plan.candidates(rows)]
+        yield rounds[-1]
+        if self.plan.rankings and (won := self._best(rounds)):
+            rounds.append(self.plan.ranked(won[0], won[1].keep))
+            yield rounds[-1]
+        if (won := self._best(rounds)) and (some := self._improved(won[1], improve_on)):
+            yield some
+
+    def _improved(self, candidate: Candidate, jobs: Sequence[Job] | None) -> dict[str, Candidate]:
+        """A candidate's lengths after the descent; nothing where that could not be done."""
+        stage = f"improved {_stage({'': candidate})}"
+        if f"{stage}/0" not in self.state and jobs is not None:
+            keep = self._descend(candidate, jobs) if jobs else None
+            if keep is not None:
+                self.state.add(f"{stage}/0", [as_row(1, {"keep": keep})])
+            self.share()
+        rows = self.rows(stage)
+        if not rows:
+            return {}
+        return self.plan.improved(torch.tensor(rows[0]["tables"]["keep"], dtype=torch.float64), candidate.method)
+
+    def _best(self, rounds: Sequence[Mapping[str, Candidate]]) -> tuple[str, Candidate] | None:
+        """The best of the candidates so far; None where nothing could be measured."""
+        measured = self._costs(rounds)
+        if not measured:
+            return None
+        name = best(mean_costs(measured))
+        return name, {name: each for some in rounds for name, each in some.items()}[name]
+
+    def _descend(self, candidate: Candidate, jobs: Sequence[Job]) -> Tensor | None:
+        """float64 [n_budgets, n_layers, n_heads or 1]: the candidate's lengths, improved on samples."""
+        descent: Descent | None = None
+        try:
+            visits = self.plan.visits(len(jobs))
+            for visit in range(visits):
+                job = jobs[visit % len(jobs)]
+                prompt = answered(self.model, self.plan, job.load(job.indices), [candidate.method])
+                descent = descent or self.plan.descent(candidate.keep, prompt.n_layers_and_heads, visits)
+                descent.step(prompt, candidate.method)
+                self._count(1)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            warnings.warn(f"lengths are not improved by gradient: {describe_error(error)}", stacklevel=2)
+            return None
+        assert descent is not None, "there is at least one visit"
+        return descent.at_budgets(self.plan.budgets)
+
+    def rows(self, stage: str) -> list[Row]:
+        """What was found in a stage, by the index of the sample."""
+        return [row for _, rows in self.state.of(stage) for row in rows]
+
+    def measured(self) -> tuple[dict[str, Candidate], list[Row]]:
+        """All candidates, and what they cost in the samples that all of them were measured on."""
+        rounds = list(self._rounds())
+        return {name: each for some in rounds for name, each in some.items()}, self._costs(rounds)
+
+    def _costs(self, rounds: Sequence[Mapping[str, Candidate]]) -> list[Row]:
+        """What all candidates of these rounds cost, for each sample that all were measured on."""
+        found = [{key.rpartition("/")[2]: rows for key, rows in self.state.of(_stage(each))} for each in rounds]
+        places = sorted(set.intersection(*map(set, found)), key=int) if found else []
+        return [
+            {
+                "n_tokens": same[0]["n_tokens"],
+                "tables": {name: each for row in same for name, each in row["tables"].items()},
+            }
+            for place in places
+            for same in zip(*(of_round[place] for of_round in found), strict=True)
+        ]
+
+    def profile(self, metadata: Mapping[str, str]) -> PrefixProfile:
+        """The profile of all that was found.
+
+        Raises:
+            ValueError: nothing was found, or nothing measured; or a budget is too small for prompts this short.
+        """
+        rows, (candidates, measured) = self.rows(FOUND), self.measured()
+        _refuse_if_nothing_left(rows, self.failures, "there are no samples; one is the least that a profile needs")
+        if self.plan.is_measured:
+            few = "by='measured' sets every third sample aside, so it needs two; by='reconstruction' does with one"
+            _refuse_if_nothing_left(measured, self.failures, few)
+        return make_profile(self.plan, rows, metadata, measured, candidates)
+
+    def _each(self, jobs: Iterable[Job], stage: str, work: Callable[[Mapping[str, Any]], list[Row]]) -> None:
+        for job in jobs:
+            left = tuple(index for index in job.indices if f"{stage}/{index}" not in self.state)
+            if left:
+                self._do(Job(left, job.load), stage, work)
+            self._count(len(job.indices))
+            del job
+
+    def _count(self, steps: int) -> None:
+        self._done += steps
+        if self.progress is not None:
+            self.progress(self._done)
+
+    def _do(self, job: Job, stage: str, work: Callable[[Mapping[str, Any]], list[Row]]) -> None:
+        try:
+            rows = work(job.load(job.indices))
+            of_index = [rows] if len(job.indices) == 1 else [[row] for row in rows]
+            found = dict(zip(job.indices, of_index, strict=True))
+        except UnobservedAttentionError:
+            raise
+        except Exception as error:
+            # The frames hold the activations of the forward that failed.
+            traceback.clear_frames(error.__traceback__)
+            failed = error
+        else:
+            for index, own in found.items():
+                self.state.add(f"{stage}/{index}", own)
+            return
+        if len(job.indices) > 1:  # one bad image must not take its batch with it
+            for index in job.indices:
+                self._do(Job((index,), job.load), stage, work)
+            return
+        if is_out_of_memory(failed):
+            raise failed
+        for index in job.indices:
+            self.failures[index] = failed
+            self.on_error(index, failed)
+
+
+def _stage(candidates: Mapping[str, Candidate]) -> str:
+    """Name of what these candidates cost: another one for others, as when a sample failed the time before."""
+    said = {name: (each.keep.tolist(), each.method.spell()) for name, each in candidates.items()}
+    return f"cost of {hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
+
+
+def _refuse_if_nothing_left(rows: Sequence[Row], failures: Mapping[int, Exception], few: str) -> None:
+    if rows:
+        return
+    if not failures:
+        raise ValueError(few)
+    last = list(failures.values())[-1]
+    raise ValueError(f"all samples failed ({len(failures)}); the last one: {describe_error(last)}") from last
