@@ -18,7 +18,7 @@ from prefixkv_cache.methods import Method
 from watch import Case, follow, kept_by_head, make_profile, run
 
 FIELDS = {
-    "score": st.sampled_from(["attention", "random", "recency", "key-difference"]),
+    "score": st.sampled_from(["attention", "random", "recency", "key-difference", "combined"]),
     "queries": st.one_of(st.just("all"), st.integers(1, 10**6)),
     "context": st.one_of(st.just("all"), st.integers(0, 1000)),
     "heads": st.sampled_from(["mean", "max", "each"]),

@@ -128,7 +128,7 @@ class Rule:
     def __init__(self, method, budget, *, profile=None, image=None, prompts=None):
         self.method, self.budget, self.profile, self.image = method, budget, profile, image
         self.prompts = iter(prompts or ())
-        self.given = method.ranking.score not in ("attention", "recency", "key-difference")
+        self.given = method.ranking.score not in ("attention", "recency", "key-difference", "combined")
         self.heads = None  # layer -> row -> [Head]
         self.steps = 0  # since the last prompt
         self.log = []  # forward pass -> layer -> row -> head -> positions
@@ -247,7 +247,7 @@ class Rule:
         elif self.given:
             scores = [[0.0] * len(new) for _ in heads]
         elif ranking.score == "key-difference":
-            scores = [rules.differences_from_mean(pairs.keys[row, head, new].tolist()) for head in heads]
+            scores = self._differences(pairs, row, new)
         else:
             scores = []
             for group in in_groups(weights, len(heads)):
@@ -256,7 +256,12 @@ class Rule:
         if ranking.value_norm:
             norms = [[rules.norm(value) for value in values[head, new].tolist()] for head in heads]
             scores = [[a * b for a, b in zip(scores[head], norms[head], strict=True)] for head in heads]
+        if ranking.score == "combined":
+            scores = list(map(rules.combined, scores, self._differences(pairs, row, new)))
         return rules.join(scores, ranking.heads)
+
+    def _differences(self, pairs, row, new):
+        return [rules.differences_from_mean(pairs.keys[row, head, new].tolist()) for head in range(pairs.keys.shape[1])]
 
     def _first_counts(self, scores, n, row, given):
         """layer -> head -> how many of the row's first `n` tokens stay; sets the keep ratios."""

@@ -56,6 +56,16 @@ def norm(vector):
     return math.sqrt(sum(each * each for each in vector))
 
 
+def combined(by_attention, by_difference):
+    """The score by the better of two places; of equals the first column has the better place."""
+    found = [0.0] * len(by_attention)
+    for handicap, scores in ((1.0, by_attention), (2.0, by_difference)):
+        order = sorted(range(len(scores)), key=lambda column: (-scores[column], column))
+        for place, column in enumerate(order):
+            found[column] = max(found[column], 1.0 / (handicap + 2 * place))
+    return found
+
+
 def differences_from_mean(keys):
     """1 - cosine between each key and the mean of the keys' directions (KeyDiff)."""
     directions = [[each / norm(key) for each in key] for key in keys]

@@ -76,7 +76,7 @@ def test_a_combination_that_cannot_work_is_refused(method, changes, names):
 
 def test_numbers_of_any_kind_are_taken():
     """And held as plain ones, so that equal methods are equal."""
-    given = DEFAULT.replace(text_floor=Fraction(1, 2), pooling=np.int32(13), queries=np.int64(32))
+    given = DEFAULT.replace(text_floor=Fraction(1, 2), pooling=np.int32(13), queries=np.int64(16))
     assert given == DEFAULT and hash(given) == hash(DEFAULT)
     assert [type(each) for each in (given.protect.text_floor, given.ranking.pooling)] == [float, int]
 

@@ -1,16 +1,44 @@
 """The default: what this library uses where neither a method nor a profile says otherwise.
 
-Every key head keeps its own keys, all heads equally many. A key's score is the larger of two shares of attention, each
-without the sink: from the prompt's last 32 tokens, averaged over 13 neighbours, and from 64 tokens spread evenly over
-the prompt; times the norm of the value. What a question at the end asks for is seen by the first, what a summary needs
-by the second (docs/study.md). The prompt's pairs stay while decoding, and an answer has 64 pairs a head to itself.
+Every key head keeps its own keys, all heads equally many, a fifth of them the newest. Keys are ranked twice, and the
+better place counts. First by attention: the larger of two shares, each without the sink, from the prompt's last 16
+tokens, averaged over 13 neighbours, and from 64 tokens spread evenly over the prompt; times the norm of the value. Then
+by how far a key points away from the others (keydiff.py). The first sees what the question asks for and what a summary
+needs, the second what a later question may ask for (docs/study.md). The prompt's pairs stay while decoding, and an
+answer has 64 pairs a head to itself.
 """
 
+import torch
+from torch import Tensor
+
+from ..rules.selection import places
+from .keydiff import key_difference
 from .method import Decode, Lengths, Method, Protect, Ranking
+from .scores import ScoreInputs, attention, score_rule
+
+
+@score_rule("combined")
+def combined(inputs: ScoreInputs) -> Tensor:
+    """By attention and by key difference in turn, the best keys of each: float32 [batch, kv_heads, n], in (0, 1].
+
+    The place of a key is the better of the two, attention first: it scores 1 / (1 + twice its place), or by key
+    difference 1 / (2 + twice its place). So of any number of keys kept, about half are the best of either ranking.
+    """
+    first, second = (_places(rule(inputs), inputs.valid) for rule in (attention, key_difference))
+    return 1.0 / (1.0 + torch.minimum(2 * first, 2 * second + 1).float())
+
+
+def _places(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """int64, 0 for the highest score; padding comes last, and so does what is not finite."""
+    lowest = scores.float().nan_to_num(nan=-1.0, posinf=torch.finfo(torch.float32).max)
+    if valid is not None:
+        lowest = lowest.masked_fill(~valid[:, None], -1.0)
+    return places(lowest.argsort(dim=-1, descending=True, stable=True))
+
 
 DEFAULT = Method(
-    Ranking(queries=32, context=64, heads="each", pooling=13, pooling_by="mean", value_norm=True),
+    Ranking("combined", queries=16, context=64, heads="each", pooling=13, pooling_by="mean", value_norm=True),
     Lengths("uniform"),
-    Protect(text_floor=0.5),
+    Protect(recent=0.2, text_floor=0.5),
     Decode(distance=1, headroom=64),
 )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rules.scoring import vector_norms
 from .method import Decode, Lengths, Method, Protect, Ranking
 from .scores import ScoreInputs, score_rule
 
@@ -16,11 +17,14 @@ from .scores import ScoreInputs, score_rule
 @score_rule("key-difference")
 def key_difference(inputs: ScoreInputs) -> Tensor:
     """1 minus the cosine similarity with the mean direction of the head's valid keys: float32 [batch, kv_heads, n]."""
-    directions = F.normalize(inputs.keys.float().nan_to_num(), dim=-1)
+    keys = inputs.keys.nan_to_num()
+    shrink = 1.0 / vector_norms(keys).clamp_min(torch.finfo(torch.float32).tiny)
     if inputs.valid is not None:
-        directions = directions * inputs.valid[:, None, :, None]
-    mean = F.normalize(directions.sum(2, keepdim=True), dim=-1)
-    return (1.0 - directions @ mean.transpose(-1, -2)).squeeze(-1).clamp_min(0.0).to(torch.float32)
+        shrink = shrink * inputs.valid[:, None]
+    # By matrix products in the keys' own dtype: normalised keys would be a copy of the layer in float32.
+    mean = F.normalize((shrink[:, :, None].to(keys.dtype) @ keys).float(), dim=-1)
+    similarity = (keys @ mean.transpose(-1, -2).to(keys.dtype)).squeeze(-1).float() * shrink
+    return (1.0 - similarity).clamp_min(0.0)
 
 
 KEYDIFF = Method(
