@@ -349,6 +349,9 @@ class Machine(RuleBasedStateMachine):
         n_bytes, pair = 0, 2 * naive.rows * self.setup.head_dim * self.setup.dtype.itemsize
         for layer, rows in enumerate(naive.kept):
             longest = [max(len(heads[head]) for heads in rows) for head in range(self.setup.kv_heads)]
+            for head in range(self.setup.kv_heads):  # where nothing ever leaves, padding keeps its places
+                if all(heads[head].ratio == 1.0 for heads in naive.rule.heads[layer]):
+                    longest[head] = naive.seen
             assert cache.stored_lengths(heads=True)[layer] == longest
             assert cache.stored_lengths()[layer] == round(sum(longest) / len(longest))
             assert cache.kept_positions(layer).dtype == torch.int64

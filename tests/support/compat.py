@@ -1,5 +1,6 @@
 """Where the tests have to know which transformers they run on. The library's own differences are in its compat.py."""
 
+import contextlib
 import inspect
 
 import pytest
@@ -12,6 +13,8 @@ needs_eager = pytest.mark.skipif(not SEES_EAGER, reason="transformers before 5.1
 PLAIN = "eager" if SEES_EAGER else "sdpa"
 BACKENDS = [pytest.param("eager", marks=needs_eager), "sdpa"]
 
+# Assisted decoding with a cache that is not empty: from 5.0 on its first forward brings the whole text once more.
+FEEDS_SECOND_TURNS_AGAIN = not hasattr(GenerationMixin, "_get_initial_cache_position")
 ANNOUNCES_ASSISTED_DECODING = hasattr(Cache, "activate_past_recording")
 TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 # Before 5.0, an image must lie whole in the first chunk of a prompt.
@@ -23,6 +26,17 @@ except ImportError:
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 __all__ = ["CLIPImageProcessorPil"]
+
+
+@contextlib.contextmanager
+def ends_nowhere(model):
+    """An end token that never comes: the assisted decoding of older releases cannot do without one."""
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = 10**6
+    try:
+        yield
+    finally:
+        model.generation_config.eos_token_id = before
 
 
 def seen(attn):

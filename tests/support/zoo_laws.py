@@ -9,6 +9,7 @@ attention weights that the model's own eager code returns.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,9 +58,9 @@ class Finding:
     whole: str = ""
     remarks: list[str] = field(default_factory=list)
 
-    def row(self):
-        """Its line in the table."""
-        remarks = "; ".join(shortened(remark) for remark in dict.fromkeys(self.remarks))
+    def row(self, notes):
+        """Its line in the table; what a refusal says goes into `notes`, footnotes by their text, under a number."""
+        remarks = "; ".join(noted(shortened(remark), notes) for remark in dict.fromkeys(self.remarks))
         cells = (f"`{self.model_type}`", self.verdict, self.lengths, self.whole, remarks)
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -96,24 +97,31 @@ def law_2(case, make_cache):
     lengths = [(each >= 0).sum(2) for each in log[0].values()]  # [batch, heads] of each layer
     if cache.method == EACH and any((each.amin(1) == each.amax(1)).any() for each in lengths):
         return "the key heads of a layer keep equally many, and not what the profile says"
-    share = torch.stack([each.double().mean(1) for each in lengths]).mean(0) / case.inputs["attention_mask"].sum(1)
+    reach = zoo.WINDOW - 1 if case.wide else LENGTHS[0]  # a layer with a window keeps of what a later token may see
+    valid = case.inputs["attention_mask"].sum(1).clamp_max(reach)
+    share = torch.stack([each.double().mean(1) for each in lengths]).mean(0) / valid
     if (share - BUDGET).abs().max() > 0.05:
         return f"kept {share.tolist()} of the rows of the prompt, not {BUDGET}"
     alone = cache.method in (SEARCH, EACH)
-    return selection(case.inputs["attention_mask"], log[0], weights) if alone else None
+    return selection(case.inputs["attention_mask"], log[0], weights, reach) if alone else None
 
 
-def selection(mask, kept, weights):
-    """No token that left the prompt received more attention than one that stayed (the first and the last aside)."""
+def selection(mask, kept, weights, reach):
+    """No token that left the prompt received more attention than one that stayed (the first and the last aside).
+
+    reach: so many of the last tokens could stay at all; the first is protected where it is one of them.
+    """
     for layer in kept.keys() & weights.keys():
         for row, heads in enumerate(kept[layer].tolist()):
             real = mask[row].nonzero().flatten().tolist()
+            first = {real[0]} if len(real) <= reach else set()
+            real = real[-reach:]
             received = weights[layer][row, :, real[-QUERIES:]].sum(1).unflatten(0, (len(heads), -1)).mean(1).tolist()
             for positions, attention in zip(heads, received, strict=True):
                 stayed = {at for at in positions if at >= 0}
-                if not stayed <= set(real) or not {real[0], real[-1]} <= stayed:
+                if not stayed <= set(real) or not first | {real[-1]} <= stayed:
                     return f"selection: layer {layer} keeps padding, or lost the first or the last token"
-                lowest = min(attention[at] for at in stayed - {real[0], real[-1]})
+                lowest = min(attention[at] for at in stayed - first - {real[-1]})
                 highest = max(attention[at] for at in set(real) - stayed)
                 if highest > lowest + 1e-6:
                     return f"selection: layer {layer} dropped a key that got {highest:.3g}, not one with {lowest:.3g}"
@@ -151,7 +159,8 @@ def sort(model_type):
     finding = Finding(model_type, "partly" if whole else "pruned", whole=reasons(config, layers, whole))
     finding.remarks.append("image and text" if model_type in zoo_inputs.IMAGES else "text")
     problems, ran = [], 0
-    for case, where in cases(model, model_type, finding.remarks):
+    wide = any(getattr(layer, "window", None) for layer in layers)
+    for case, where in cases(model, model_type, finding.remarks, wide):
         try:
             case.greedy(case.inputs, PrefixKVCache(budget=1.0, config=config), 1)
         except (ValueError, RuntimeError) as error:
@@ -204,7 +213,7 @@ def made_up_profile(case, prunable):
     return PrefixProfile([BUDGET, 1.0], torch.stack([keep, torch.ones_like(keep)]), {"method": method.spell(full=True)})
 
 
-def cases(model, model_type, remarks):
+def cases(model, model_type, remarks, wide=False):
     """The model with each backend, one row and two; what does not run by itself is noted."""
     for backend in BACKENDS:
         try:
@@ -215,7 +224,7 @@ def cases(model, model_type, remarks):
         for rows in (1, 2):
             where = f"{backend}, batch of {rows}"
             try:
-                case = Case(model, model_type, zoo_inputs.inputs(model_type, LENGTHS[:rows], model))
+                case = Case(model, model_type, zoo_inputs.inputs(model_type, LENGTHS[:rows], model), wide)
                 case.greedy(case.inputs, None, 2)
             except Exception as error:  # the model's own limits
                 remarks.append(f"{where} does not run by itself: {one_line(error)}")
@@ -251,6 +260,16 @@ def reasons(config, layers, whole):
 def one_line(error):
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def noted(remark, notes):
+    """The remark, or where it is an error, the mark of its footnote: one for all models that say the same."""
+    found = re.match(r"at (construction|the first forward): \w+: (\S+) (.*)", remark)
+    if found is None:
+        return remark
+    said = found[3].rstrip(".").replace("<", "&lt;")
+    text = f"At {found[1]}: \u201cthe model {said}.\u201d"
+    return f"[^{notes.setdefault(text, len(notes) + 1)}]"
 
 
 def shortened(text):

@@ -101,6 +101,7 @@ class Case:
     model: torch.nn.Module
     model_type: str
     inputs: dict
+    wide: bool = False  # whether the reference's layers with a window hold what the window has moved past, too
 
     def __post_init__(self):
         random = torch.Generator().manual_seed(3)
@@ -131,7 +132,7 @@ class Case:
                    return_dict_in_generate=True, **options)  # fmt: skip
 
     def full_cache(self):
-        return DynamicCache(config=self.model.config)
+        return DynamicCache() if self.wide else DynamicCache(config=self.model.config)
 
     @cached_property
     def full(self):

@@ -63,7 +63,7 @@ class Row:
     def begin_turn(self):
         if self.rule is None:
             return 0
-        leaving = set(self.rule.beyond)
+        leaving = set(self.rule.leaving_for(0, 0))
         self.slots = [token for place, token in enumerate(sorted(self.slots)) if place not in leaving]
         return self.rule.allowance
 
@@ -147,4 +147,4 @@ def test_without_headroom_nothing_leaves_between_turns():
     row, now = Row(keep=0.3, distance=25, headroom=0), 0
     for _ in range(3):
         now = turn(row, now, 120, 40)
-        assert not row.rule.beyond and row.rule.allowance == 0
+        assert not row.rule.leaving_for(0, 0) and row.rule.allowance == 0

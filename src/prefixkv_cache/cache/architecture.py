@@ -7,6 +7,7 @@ transformers' own judgement: the layers that its `DynamicCache` makes for the co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.cache_utils import DynamicCache
@@ -14,12 +15,13 @@ from transformers.cache_utils import DynamicCache
 from .compat import undescribed_layers
 
 PRUNABLE = "full_attention"
+SLIDING = "sliding or chunked attention"
 
 # Models with attention code of their own, which never asks for transformers' attention function.
 _OWN_ATTENTION = ("git", "blip", "blip_text_model", "blip_2_qformer", "bloom", "falcon", "mpt")
 _KINDS = {
     "DynamicLayer": PRUNABLE,
-    "DynamicSlidingWindowLayer": "sliding or chunked attention",
+    "DynamicSlidingWindowLayer": SLIDING,
     "LinearAttentionLayer": "linear attention or convolution",
     "LinearAttentionAndFullAttentionLayer": "hybrid",
     "LinearAttentionAndSlidingWindowAttentionLayer": "hybrid sliding",
@@ -49,10 +51,28 @@ def decoder_config(config: Any) -> Any:
     return text
 
 
-def cache_layers(config: Any) -> list[tuple[str, Any]]:
+@dataclass(frozen=True)
+class Sliding:
+    """What becomes of layers with a sliding window.
+
+    Attributes:
+        beside_full: whether they are pruned in models that have layers of full attention, too.
+        alone: whether they are pruned in models that have no others. If not, nothing has to be prunable.
+    """
+
+    beside_full: bool
+    alone: bool
+
+
+def cache_layers(config: Any, sliding: Sliding | None = None) -> list[tuple[str, Any]]:
     """Kind of each decoder layer, and the cache layer that transformers itself would use for it.
 
     The kind is `PRUNABLE` for full self-attention; cross-attention, whose keys stand for no token, is not.
+
+    Args:
+        config: of the model.
+        sliding: what becomes of layers with a sliding window, whose kind is then `PRUNABLE`, too. None: they are left
+            whole, and there must be others.
 
     Raises:
         TypeError, ValueError: see `decoder_config`; also a model without a layer that can be pruned.
@@ -75,15 +95,31 @@ def cache_layers(config: Any) -> list[tuple[str, Any]]:
         raise ValueError(
             f"{text.model_type} looks keys up by their index, which pruning would shift. Use its own cache"
         )
-    if PRUNABLE not in kinds:
+    if sliding is not None and (sliding.beside_full if PRUNABLE in kinds else sliding.alone):
+        kinds = [PRUNABLE if _slides(text, index, kind) else kind for index, kind in enumerate(kinds)]
+    if PRUNABLE not in kinds and (sliding is None or sliding.alone):
         found = ", ".join(sorted(set(kinds))) or "none"
         raise ValueError(f"{text.model_type} has no full-attention layer whose cache could be pruned (layers: {found})")
     return list(zip(kinds, layers, strict=True))
 
 
+def _slides(text: Any, index: int, kind: str) -> bool:
+    """Whether this is a layer with a sliding window, not one of chunks, which has the same cache layer."""
+    told = getattr(text, "layer_types", None)
+    told = told[index] if told else "sliding_attention" if getattr(text, "sliding_window", None) else ""
+    return kind == SLIDING and told == "sliding_attention"
+
+
+def count_sliding(config: Any) -> int:
+    """Layers with a sliding window."""
+    text = decoder_config(config)
+    kinds = [kind for kind, _ in cache_layers(config, Sliding(False, False))]
+    return sum(_slides(text, index, kind) for index, kind in enumerate(kinds))
+
+
 def whole_layer_kinds(config: Any) -> list[str]:
     """Kinds of the layers that would be left whole, sorted, each once."""
-    return sorted({kind for kind, _ in cache_layers(config)} - {PRUNABLE})
+    return sorted({kind for kind, _ in cache_layers(config, Sliding(False, False))} - {PRUNABLE})
 
 
 def kv_heads(text_config: Any) -> int | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .compat import crops_to_nothing
+from .compat import crops_to_nothing, tokens_of_crop
 from .layer import PrunedLayer
 
 
@@ -15,7 +15,7 @@ class BetweenForwards(Cache):
 
     _image_mask: Tensor | None
 
-    def _settle(self, layer_idx: int | None = None) -> None:
+    def _settle_prompts(self, layer_idx: int | None = None) -> None:
         raise NotImplementedError
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -34,26 +34,31 @@ class BetweenForwards(Cache):
         super().batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back."""
-        self._settle()
-        if crops_to_nothing(tokens_to_remove):
-            return
+        """Take back the newest `-tokens_to_remove` tokens: candidates that wait for it, without a trace; then others.
+
+        Pairs that left for earlier tokens do not come back. In older releases of transformers a positive number is the
+        length that remains.
+        """
+        self._settle_prompts()
+        before = int(self.get_seq_length())
+        tokens_to_remove = tokens_of_crop(tokens_to_remove, before)
         for layer in self.layers:
             if isinstance(layer, PrunedLayer):
                 layer.check_crop(tokens_to_remove)
-        before = int(self.get_seq_length())
+        if crops_to_nothing(tokens_to_remove):
+            self._confirm()
+            return
         super().crop(tokens_to_remove)
         left = int(self.get_seq_length())
         if self._image_mask is not None and left < before:  # other tokens may come where these were
             self._image_mask = self._image_mask[:, :left]
 
-    def activate_past_recording(self) -> None:
-        """Refused: what a decode step has overwritten cannot be put back, as assisted decoding would ask for.
+    def _settle(self, layer_idx: int | None = None) -> None:
+        self._settle_prompts(layer_idx)
+        self._confirm()
 
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            "assisted decoding takes tokens back after each step, which a pruned cache cannot undo; "
-            "generate without assistant_model and prompt_lookup_num_tokens, or with DynamicCache"
-        )
+    def _confirm(self) -> None:
+        """Candidates that nobody has taken back were right."""
+        for layer in self.layers:
+            if isinstance(layer, PrunedLayer):
+                layer.confirm()

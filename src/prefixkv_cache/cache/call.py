@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..rules.masks import own_mask
-from .segments import HeadGroup, Shown
+from ..rules.importance import DEFAULT_MAX_BYTES, attention_importance
+from ..rules.masks import at_queries, own_mask, readable
+from ..rules.queries import Picks
+from .heads import HeadGroup
+from .segments import Shown
 
 
 @dataclass(slots=True)
@@ -40,6 +43,43 @@ class AttentionCall:
     def run(self, function: Callable) -> Any:
         """Call the attention function."""
         return function(self.module, self.query, self.key, self.value, self.mask, *self.args, **self.options)
+
+    def importance(
+        self, picks: Picks = None, valid: Tensor | None = None, max_bytes: int = DEFAULT_MAX_BYTES
+    ) -> Tensor:
+        """Attention that each key receives from the queries picked: float32 [batch, kv_heads, n_keys]."""
+        return attention_importance(
+            self.query,
+            self.key,
+            readable(self.mask),
+            picks=picks,
+            valid=valid,
+            scaling=self.options.get("scaling"),
+            softcap=self.options.get("softcap"),
+            sink_logits=self.options.get("s_aux"),
+            log_sum_exp=self.log_sum_exp,
+            max_bytes=max_bytes,
+        )
+
+    def split(self, n: int) -> tuple[AttentionCall, AttentionCall]:
+        """The call of the first queries over the keys before the last `n`, and that of the last `n` queries."""
+        before = self.query.shape[2] - n
+        return (
+            replace(
+                self,
+                query=self.query[:, :, :before],
+                key=self.key[:, :, :-n],
+                value=self.value[:, :, :-n],
+                mask=at_queries(self.mask, 0, before, n),
+                options=_options_of_queries(self.options, slice(None, before), self.query.shape[2]),
+            ),
+            replace(
+                self,
+                query=self.query[:, :, before:],
+                mask=at_queries(self.mask, before, before + n),
+                options=_options_of_queries(self.options, slice(before, None), self.query.shape[2]),
+            ),
+        )
 
     def of_segment(self, shown: Shown, n_kv_heads: int) -> AttentionCall:
         """The call for one segment: its own keys and values, its query heads, its columns of the mask."""
@@ -73,6 +113,22 @@ def mask_of(shown: Shown, mask: Any, query: Tensor, backend: str, query_heads: T
     return mask
 
 
+def join_queries(outputs: list[Any]) -> Any:
+    """The outputs of calls of some queries each, as one.
+
+    Args:
+        outputs: `(output [batch, n_queries, heads, head_dim], weights or None)` of each call.
+    """
+    joined = torch.cat([output[0] for output in outputs], dim=1)
+    weights = [output[1] for output in outputs if output[1] is not None]
+    return joined, torch.cat(_equally_wide(weights), dim=2) if weights else None
+
+
+def _equally_wide(weights: list[Tensor]) -> list[Tensor]:
+    longest = max(each.shape[-1] for each in weights)
+    return [torch.nn.functional.pad(each, (0, longest - each.shape[-1])) for each in weights]
+
+
 def join_outputs(outputs: list[Any], groups: list[HeadGroup], group: int) -> Any:
     """The outputs of all segments' calls as one, in head order.
 
@@ -87,9 +143,7 @@ def join_outputs(outputs: list[Any], groups: list[HeadGroup], group: int) -> Any
     weights = [output[1] for output in outputs if output[1] is not None]
     if not weights:
         return joined, None
-    longest = max(each.shape[-1] for each in weights)
-    padded = [torch.nn.functional.pad(each, (0, longest - each.shape[-1])) for each in weights]
-    return joined, back.restore(torch.cat(padded, dim=1), 1)
+    return joined, back.restore(torch.cat(_equally_wide(weights), dim=1), 1)
 
 
 class HeadOrder:
@@ -154,3 +208,10 @@ def _module_of_heads(module: Any, heads: HeadGroup, group: int) -> Any:
 def _options_of_heads(options: dict[str, Any], heads: HeadGroup, group: int) -> dict[str, Any]:
     s_aux = options.get("s_aux")
     return options if s_aux is None else {**options, "s_aux": heads.take(s_aux, 0, group)}
+
+
+def _options_of_queries(options: dict[str, Any], span: slice, n_queries: int) -> dict[str, Any]:
+    position_ids = options.get("position_ids")
+    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != n_queries:
+        return options
+    return {**options, "position_ids": position_ids[..., span]}

@@ -22,6 +22,8 @@ from transformers.modeling_utils import AttentionInterface
 SEES_EAGER = hasattr(AttentionInterface, "get_interface")
 HOOKED_METHOD = "get_interface" if SEES_EAGER else "__getitem__"
 
+ANNOUNCES_CANDIDATES = hasattr(cache_utils.Cache, "activate_past_recording")
+"""Whether assisted decoding says beforehand that tokens may be taken back."""
 _CROP_TAKES_LENGTH = "max_length" in inspect.signature(cache_utils.DynamicLayer.crop).parameters
 _DESCRIBED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 _LINEAR = (
@@ -64,11 +66,17 @@ def crops_to_nothing(tokens_to_remove: int) -> bool:
     return _CROP_TAKES_LENGTH and tokens_to_remove == 0
 
 
-def explain_crop() -> str:
-    """What asks for a crop to a length, in releases that do not say beforehand that they will; may be empty."""
-    if not _CROP_TAKES_LENGTH:
-        return ""
-    return ". Assisted decoding crops to a length in this transformers: generate without it, or with DynamicCache"
+def tokens_of_crop(number: int, seen: int) -> int:
+    """Minus the number of tokens to take back, from what `crop` is given: once also the length that remains.
+
+    A length that is no shorter takes nothing back, as in those releases.
+    """
+    return min(0, number - seen) if _CROP_TAKES_LENGTH and number > 0 else number
+
+
+def can_run_inside(records: dict[str, bool]) -> bool:
+    """Whether a model can be called while it runs, with these things to return: old releases mix up the two calls'."""
+    return ANNOUNCES_CANDIDATES or not any(records.values())
 
 
 def generation_inputs(model: Any, input_ids: torch.Tensor, kwargs: dict[str, Any], *, first: bool) -> dict[str, Any]:

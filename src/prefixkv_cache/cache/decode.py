@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Decode, Method
-from ..rules.eviction import Eviction, LeastImportantEviction, QueueEviction, fixed_point
+from ..rules.eviction import Eviction, LeastImportantEviction, QueueEviction, WindowEviction, fixed_point
 from .storage import Pairs
 
 STEPS_PER_GROWTH = 64
@@ -32,6 +32,16 @@ def eviction_policy(method: Method) -> Policy:
     if method.decode.evict == "least-important":
         return partial(_least_important, method.decode.headroom)
     return partial(_queue, method.decode, method.protect.sink)
+
+
+def window_policy(method: Method, window: int) -> Policy:
+    """The policy of a layer with a sliding window, whatever the method says of others."""
+    return partial(_window, method.decode.headroom, window - 1)
+
+
+def _window(headroom: int, reach: int, stored: int, seen: int, keep: float, origin: int | None) -> Eviction:
+    del origin  # all turns are alike
+    return WindowEviction(stored, seen, keep, reach, headroom)
 
 
 def _least_important(headroom: int, stored: int, seen: int, keep: float, origin: int | None) -> Eviction:

@@ -16,14 +16,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from ..rules.importance_flash import CaughtLogSumExp
-from .call import AttentionCall, join_outputs, mask_of
+from .call import AttentionCall, join_outputs, join_queries, mask_of
 from .compat import HOOKED_METHOD
 from .segments import Shown
 
@@ -51,6 +51,14 @@ class AttendedCache(Protocol):
         ...
 
 
+class DraftingCache(AttendedCache, Protocol):
+    """One that hands out candidates behind a prompt, too."""
+
+    def show_candidates(self, handed: HandedOut) -> Sequence[Shown]:
+        """What the candidates see, once the prompt is pruned."""
+        ...
+
+
 @dataclass(slots=True)
 class HandedOut:
     """What a key tensor carries from the cache to the attention hook.
@@ -60,17 +68,19 @@ class HandedOut:
         layer_idx: the layer whose keys these are.
         n_keys: how many.
         shown: what the attention of each segment reads.
+        candidates: so many of the last queries are candidates behind the prompt that `shown` shows; see draft.py.
     """
 
     cache: weakref.ref[AttendedCache]
     layer_idx: int
     n_keys: int
     shown: Sequence[Shown]
+    candidates: int = 0
 
 
-def hand_out(key: Tensor, cache: AttendedCache, layer_idx: int, shown: Sequence[Shown]) -> Tensor:
+def hand_out(key: Tensor, cache: AttendedCache, layer_idx: int, shown: Sequence[Shown], candidates: int = 0) -> Tensor:
     """Mark `key` as the tensor that layer `layer_idx` of `cache` gives to the model; returns it."""
-    handed = HandedOut(weakref.ref(cache), layer_idx, key.shape[2], shown)
+    handed = HandedOut(weakref.ref(cache), layer_idx, key.shape[2], shown, candidates)
     setattr(key, _MARK, handed)
     _this_thread.newest = handed
     return key
@@ -119,7 +129,9 @@ def attend_over_segments(
     calls = [call.of_segment(each, call.key.shape[1]) for each in shown]
     outputs = []
     for place, each in enumerate(calls):
-        if catch:
+        if (draft := shown[place].draft) is not None:
+            outputs.append(draft.attend(function, call, shown[place]))
+        elif catch:
             with CaughtLogSumExp() as caught:
                 outputs.append(each.run(function))
             calls[place] = replace(each, log_sum_exp=caught.found)
@@ -129,6 +141,21 @@ def attend_over_segments(
         return outputs[0], calls
     groups = [each.group for each in shown if each.group is not None]
     return join_outputs(outputs, groups, call.query.shape[1] // call.key.shape[1]), calls
+
+
+def attend_watched(function: Callable, call: AttentionCall, handed: HandedOut, cache: AttendedCache) -> Any:
+    """Run a call that its cache is told of; candidates behind a prompt after the prompt, over what is kept of it."""
+    whole, behind = (call, None) if not handed.candidates else call.split(handed.candidates)
+    cache.before_attention(handed, whole)
+    catch = call.backend == "sdpa" and cache.wants_log_sum_exp(handed)
+    output, calls = attend_over_segments(function, whole, handed.shown, catch)
+    cache.after_attention(handed, calls)
+    if behind is None:
+        return output
+    shown = cast(DraftingCache, cache).show_candidates(handed)
+    if shown[0].group is None:
+        behind = replace(behind, key=shown[0].keys, value=shown[0].values)
+    return join_queries([output, attend_over_segments(function, behind, shown)[0]])
 
 
 class _AttentionHook:
@@ -218,11 +245,7 @@ def _wrap(original: Callable) -> Callable:
             call = AttentionCall(module, query, key, value, attention_mask, backend, args, kwargs)
             if not watched:
                 return attend_over_segments(function, call, shown)[0]
-            cache.before_attention(handed, call)
-            catch = backend == "sdpa" and cache.wants_log_sum_exp(handed)
-            output, calls = attend_over_segments(function, call, shown, catch)
-            cache.after_attention(handed, calls)
-            return output
+            return attend_watched(function, call, handed, cache)
 
         return attend
 

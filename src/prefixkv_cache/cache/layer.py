@@ -14,26 +14,26 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .compat import MaxLengthNames, explain_crop, n_queries
+from .compat import MaxLengthNames, n_queries
+from .heads import Kept
+from .layer_between import LayerBetweenForwards
 from .prompt import Prompt
-from .segments import Kept, Segment, SegmentRule, Shown
+from .segments import Segment, SegmentRule, Shown
 from .storage import Pairs
 from .stored import StoredPairs
 
 
-class PrunedLayer(MaxLengthNames, CacheLayerMixin):
+class PrunedLayer(LayerBetweenForwards, MaxLengthNames, CacheLayerMixin):
     """Keys and values of one decoder layer, pruned to lengths of its own.
 
     Args:
         rule: what all segments of the cache have in common.
         place: among the prunable layers of the model, from 0.
+        window: tokens that a token sees, itself included, in a layer with a sliding window. None: all.
     """
 
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, rule: SegmentRule, place: int):
-        self.rule, self.place = rule, place
+    def __init__(self, rule: SegmentRule, place: int, window: int | None = None):
+        self.rule, self.place, self.window = rule, place, window
         self.reset()
 
     def reset(self) -> None:
@@ -43,31 +43,20 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         self._seen = 0
         self._planned_steps = 0  # steps asked for by the model since the plan was made
         self._shown: list[Shown] = []
+        self.forget_candidates()
         self.is_initialized = False
 
     # What transformers reads.
 
     @property
+    def is_sliding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the model's mask hides tokens that lie too far back."""
+        return self.window is not None
+
+    @property
     def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether decode steps have fixed shapes and addresses."""
         return self.rule.max_new_tokens is not None
-
-    @property
-    def planned(self) -> bool:
-        """Whether decode steps go by a plan made beforehand; see decode.py."""
-        return self.stored.plan is not None
-
-    @property
-    def segments(self) -> list[Segment]:
-        """What is stored, by length; empty before the first prompt was pruned."""
-        return self.stored.segments
-
-    @property
-    def seen(self) -> int:
-        """Tokens seen, padding included."""
-        if self.planned and not torch.compiler.is_compiling():
-            self._seen += self.stored.catch_up()
-        return self._seen
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: where the next token's position starts.
@@ -115,7 +104,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
     @property
     def stored_by_head(self) -> list[int]:
         """Pairs that each key head holds, by its longest row; a prompt that is not pruned yet counts whole."""
-        _, waiting = self.seen, 0 if self.prompt is None else self.prompt.n_new
+        _, waiting = self.seen, self.n_drafted if self.prompt is None else self.prompt.n_new
         return [stored + waiting for stored in self.stored.by_head() or [0] * self.n_heads]
 
     @property
@@ -140,14 +129,15 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         """
         _ = self.seen
         stored = self.stored.joined("positions", -1) if self.segments else None
-        if self.prompt is None:
+        waiting = self.n_drafted if self.prompt is None else self.prompt.n_new
+        if not waiting:
             return torch.empty(0, 1, 0, dtype=torch.int64) if stored is None else stored
-        new = self._new_positions(self.prompt)
+        new = self._new_positions(waiting)
         return new if stored is None else torch.cat([stored, new.expand(-1, stored.shape[1], -1)], dim=2)
 
-    def _new_positions(self, prompt: Prompt) -> Tensor:
-        new = torch.arange(self._seen - prompt.n_new, self._seen, device=prompt.keys.device)
-        return new.expand(prompt.keys.shape[0], 1, -1)
+    def _new_positions(self, n_new: int) -> Tensor:
+        new = torch.arange(self._seen - n_new, self._seen, device=self.device)
+        return new.expand(self.batch_size, 1, -1)
 
     # The way of the data: a prompt comes in whole, is pruned, then tokens come one by one.
 
@@ -172,12 +162,18 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.drafts:
+            self.confirm()
         if (n_new := key_states.shape[2]) == 0:
             raise ValueError("the prompt has no tokens; a cache layer needs at least one")
         if self.segments:
             self.stored.check_keys(key_states)
-        if self.segments and n_new == 1:
+        if self.segments and n_new == self.n_candidates:
+            self._shown = shown = self.draft(key_states.detach(), value_states.detach())
+        elif self.segments and n_new == 1:
             self._shown = shown = self._decode(key_states.detach(), value_states.detach())
+        elif self.n_candidates:
+            self._shown = shown = self._begin_prompt(*self.hold_back(key_states, value_states))
         else:
             self._shown = shown = self._begin_prompt(key_states, value_states)
         if len(shown) > 1:
@@ -188,9 +184,12 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         if keys is None or values is None:
             return key_states, value_states
         # The tensor that carries `Shown` to the attention hook must not be held by it: it would outlive its use.
-        group, own_mask, ragged = shown[0].group, shown[0].own_mask, shown[0].ragged
-        self._shown = [Shown(group, None, None, own_mask, ragged, shown[0].positions, shown[0].segment)]
-        return keys, values
+        first = shown[0]
+        without = Shown(
+            first.group, None, None, first.own_mask, first.ragged, first.positions, first.segment, first.draft
+        )
+        self._shown = [without]
+        return self.with_held_back(keys, values)
 
     def take_shown(self) -> list[Shown]:
         """What the backend shall see of the last `update`, by segment; asked for once."""
@@ -201,10 +200,10 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
         n_new = keys.shape[2]
         _ = self.seen
         self._seen += n_new
-        prompt = self.prompt = Prompt(keys.detach(), values.detach(), [])
+        prompt = self.prompt = Prompt(keys.detach(), values.detach(), [], window=self.window)
         if not self.segments:
             return [Shown(None)]
-        prompt.shown = self.stored.shown_with(keys, values, self._new_positions(prompt))
+        prompt.shown = self.stored.shown_with(keys, values, self._new_positions(prompt.n_new))
         if len(self.segments) == 1:  # one copy of the new pairs is enough
             prompt.keys, prompt.values = (
                 each.narrow(2, each.shape[2] - n_new, n_new)
@@ -241,7 +240,7 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
             raise RuntimeError("there is no prompt to prune: prune() follows the update() of a prompt")
         if not self.segments:
             self.stored = StoredPairs([Segment(each.heads, self.rule) for each in kept], prompt.keys.shape[1])
-            new = self._new_positions(prompt)
+            new = self._new_positions(prompt.n_new)
             sources = [Pairs(s.own(prompt.keys), s.own(prompt.values), new) for s in self.segments]
         else:
             sources = [Pairs(s.keys, s.values, s.read_positions()) for s in prompt.shown]  # pyright: ignore[reportArgumentType]
@@ -250,62 +249,6 @@ class PrunedLayer(MaxLengthNames, CacheLayerMixin):
                 source.received = segment.received_with(prompt.scores, prompt.keys)
             segment.prune(source, prompt.n_new, each, prompt.valid, prompt.lengths, self._seen)
         self.prompt, self._planned_steps = None, 0
-
-    # Operations on the batch. An unpruned prompt cannot be reordered: it lives only inside a forward, or, where lengths
-    # are found from all layers' scores, until the last layer has been seen.
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes a copy of what was row `beam_idx[i]`."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times, copies side by side."""
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`, int64 or a bool mask over the rows, in that order."""
-        indices = torch.as_tensor(indices)
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        seen = self.seen
-        self.stored.select_rows(indices, seen)
-        self._planned_steps = self._steps_planned_for(seen)
-
-    def _steps_planned_for(self, seen: int) -> int:
-        """Planned steps that count as taken: those of `max_new_tokens` that are not left."""
-        plan = self.stored.plan
-        return 0 if plan is None else (self.rule.max_new_tokens or 0) - (plan.last - seen)
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Refuse what `crop` cannot do, before any layer is changed.
-
-        Raises:
-            ValueError: a positive number, more tokens than were seen, or heads would be left with different numbers.
-        """
-        if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
-            raise ValueError(
-                f"crop takes minus the number of tokens to remove, from {-self.seen} to 0; got {tokens_to_remove}"
-                f"{explain_crop()}"
-            )
-        if tokens_to_remove:
-            self.stored.check_crop(self.seen + tokens_to_remove, -tokens_to_remove)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens. Pairs that left for them do not come back.
-
-        Raises:
-            ValueError: see `check_crop`.
-        """
-        self.check_crop(tokens_to_remove)
-        if tokens_to_remove == 0 or not self.segments:
-            return
-        seen, end = self.seen, self.seen + tokens_to_remove
-        if end == 0:
-            self.reset()
-            return
-        self.stored.crop(end, -tokens_to_remove, seen)
-        self._seen = end
-        self._planned_steps = self._steps_planned_for(end)
 
     # Offloading of whole layers, as `Cache.offload` and `Cache.prefetch` ask for it.
 

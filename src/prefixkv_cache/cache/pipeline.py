@@ -13,16 +13,14 @@ from torch import Tensor
 
 from ..methods import Method
 from ..methods.scores import SCORES, ScoreInputs
-from ..rules.importance import attention_importance
-from ..rules.masks import readable
 from ..rules.queries import Picks
 from ..rules.scoring import join_heads
 from ..rules.selection import places, select_keys
 from .call import AttentionCall
+from .heads import HeadGroup, Kept
 from .layer import PrunedLayer
 from .lengths import LengthSource, Share
 from .prompt import Prompt
-from .segments import HeadGroup, Kept
 from .tensor_parallel import HeadRanks
 
 
@@ -49,7 +47,7 @@ def prune_after_attention(
     assert prompt is not None, "the cache asks only for layers with a prompt"
     prompt.ranks = HeadRanks.of(calls[0].module)
     if not _keeps_all(layer, prompt, source):
-        sink = 0 if layer.pruned_before else method.protect.sink  # the sink is the first prompt's
+        sink = 0 if layer.pruned_before or prompt.cut else method.protect.sink  # the sink is the first prompt's
         groups = [shown.group for shown in prompt.shown] or [None]
         scores = score_calls(calls, groups, method, prompt.n_new, prompt.valid, sink, max_bytes)
         prompt.scores = _agreed(scores, method.ranking.heads, prompt)
@@ -79,22 +77,6 @@ def _keeps_all(layer: PrunedLayer, prompt: Prompt, source: LengthSource) -> bool
 
 
 # Importance -> scores.
-
-
-def importance_of_call(call: AttentionCall, picks: Picks, valid: Tensor | None, max_bytes: int) -> Tensor:
-    """Attention that each key of a call receives from the queries picked: float32 [batch, kv_heads, n_keys]."""
-    return attention_importance(
-        call.query,
-        call.key,
-        readable(call.mask),
-        picks=picks,
-        valid=valid,
-        scaling=call.options.get("scaling"),
-        softcap=call.options.get("softcap"),
-        sink_logits=call.options.get("s_aux"),
-        log_sum_exp=call.log_sum_exp,
-        max_bytes=max_bytes,
-    )
 
 
 def score_call(
@@ -129,7 +111,7 @@ def score_calls(
     """Scores of a prompt's new keys, before heads agree: float32 [batch, kv_heads, n_new]."""
 
     def importance(picks: Picks) -> Tensor:
-        return joined([importance_of_call(call, picks, valid, max_bytes)[..., -n_new:] for call in calls])
+        return joined([call.importance(picks, valid, max_bytes)[..., -n_new:] for call in calls])
 
     def joined(parts: list[Tensor]) -> Tensor:
         if groups[0] is None:
@@ -154,7 +136,7 @@ def _agreed(scores: Tensor, how: str, prompt: Prompt) -> Tensor:
 def _count_for_old_pairs(layer: PrunedLayer, calls: Sequence[AttentionCall], prompt: Prompt, max_bytes: int) -> None:
     """What the pairs of earlier turns receive from a new prompt counts for their importance, too."""
     for segment, call in zip(layer.segments, calls, strict=False):
-        importance = importance_of_call(call, None, prompt.valid, max_bytes)
+        importance = call.importance(None, prompt.valid, max_bytes)
         segment.add_received(importance[..., : importance.shape[2] - prompt.n_new], layer.seen)
 
 
@@ -163,7 +145,7 @@ def _count_for_old_pairs(layer: PrunedLayer, calls: Sequence[AttentionCall], pro
 
 def kept_of_prompt(prompt: Prompt, share: Share, method: Method) -> list[Kept]:
     """What each segment-to-be keeps of a first prompt."""
-    sink, protected = method.protect.sink, _protected_text(prompt, method.protect.text_floor)
+    sink, protected = 0 if prompt.cut else method.protect.sink, _protected_text(prompt, method.protect.text_floor)
     return [_keep(prompt, *segment, method, sink, protected) for segment in share.by_segment()]
 
 
@@ -193,7 +175,7 @@ def _keep(
     scores = prompt.scores
     if scores is not None and heads is not None and scores.shape[1] > 1:
         scores = scores[:, list(heads)]
-    recent = method.protect.recent
+    recent, whole = method.protect.recent, counts == prompt.lengths and set(ratios) == {1.0} and not prompt.window
     columns = select_keys(
         None if counts == prompt.lengths else scores,
         counts,
@@ -204,7 +186,7 @@ def _keep(
         n_keys=prompt.n_new,
         device=prompt.keys.device,
     )
-    return Kept(heads, columns, counts, ratios)
+    return Kept(heads, columns, counts, ratios, whole)
 
 
 def _protected_text(prompt: Prompt, text_floor: float) -> Tensor | None:

@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..rules.masks import valid_tokens
@@ -27,6 +28,7 @@ class Prompt:
         image: bool [batch, n_new], True at image tokens; None: nothing is known of images.
         lengths: valid tokens of each row.
         ranks: who holds the other key heads, with tensor parallelism.
+        window: of a layer with a sliding window: the tokens that a token sees, itself included. None: all.
     """
 
     keys: Tensor
@@ -39,11 +41,29 @@ class Prompt:
     image: Tensor | None = None
     lengths: list[int] = field(default_factory=list)
     ranks: HeadRanks = ALONE
+    window: int | None = None
 
     @property
     def n_new(self) -> int:
         """Tokens in this prompt, padding included."""
         return self.keys.shape[2]
+
+    @property
+    def cut(self) -> bool:
+        """Whether its first tokens are out of sight for all that comes."""
+        return self.window is not None and self.n_new > self.window - 1
+
+    def leave_out_of_sight(self) -> None:
+        """Count only tokens that a later one may see, as if the others were padding.
+
+        None of the others' queries sees a token that stays in sight, so importance loses nothing.
+        """
+        if self.window is None or not self.cut:
+            return
+        batch = self.keys.shape[0]
+        inside = torch.arange(self.n_new, device=self.keys.device) > self.n_new - self.window
+        self.valid = inside.expand(batch, -1) if self.valid is None else self.valid & inside
+        self.lengths = self.valid.sum(1).tolist()
 
 
 class Padding:

@@ -7,67 +7,27 @@ of their own, only positions differ from head to head: counts and slots do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..rules.merging import merge_pruned
 from .decode import STEPS_PER_GROWTH, GrowingStep, PlannedStep, Policy, keep_address
+from .heads import HeadGroup, Kept
 from .storage import Pairs, close_up, in_order, is_frozen, without
 
 T = TypeVar("T")
 
 
-class HeadGroup:
-    """Some key heads of a layer, and how to take them, or the query heads that share them, out of a tensor.
+class AttendsByItself(Protocol):
+    """Candidates of assisted decoding that cannot be attended to in one call; see draft.py."""
 
-    Args:
-        heads: key heads, rising.
-    """
-
-    def __init__(self, heads: Sequence[int]):
-        self.heads = tuple(heads)
-        self._side_by_side = self.heads[-1] - self.heads[0] + 1 == len(self.heads)
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def take(self, tensor: Tensor, dim: int = 1, group: int = 1) -> Tensor:
-        """Narrow a dimension to these heads; `group` query heads share a key head. A view where they stand together."""
-        if self._side_by_side:
-            return tensor.narrow(dim, self.heads[0] * group, len(self.heads) * group)
-        return tensor.index_select(dim, self.index(group, tensor.device))
-
-    def index(self, group: int, device: torch.device) -> Tensor:
-        """int64 [len(heads) * group]: the (query) heads."""
-        found = self._indices.get((group, device))
-        if found is None:
-            found = torch.tensor([head * group + each for head in self.heads for each in range(group)], device=device)
-            if not torch.compiler.is_compiling():
-                self._indices[group, device] = found
-        return found
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What some key heads keep of a prompt.
-
-    Attributes:
-        heads: which key heads, rising; None: all of the layer.
-        columns: int64 [batch, 1 or len(heads), max(counts)], columns of the prompt (0 is its first token), rising; -1
-            fills shorter rows.
-        counts: how many tokens each row keeps, a head.
-        ratios: keep ratio of each row, fraction kept in [0, 1], for the eviction policy.
-    """
-
-    heads: tuple[int, ...] | None
-    columns: Tensor
-    counts: list[int]
-    ratios: list[float]
+    def attend(self, function: Callable, call: Any, shown: Shown) -> Any:
+        """What the attention function returns, of this segment."""
+        ...
 
 
 @dataclass(slots=True)
@@ -82,6 +42,7 @@ class Shown:
         positions: int64 [batch, 1 or heads, n_keys], the logical position of each key (-1: none). None: ask `segment`,
             which few steps need.
         segment: of a decode step.
+        draft: computes the attention of candidates one by one, where each sees pairs of its own.
     """
 
     group: HeadGroup | None
@@ -91,6 +52,7 @@ class Shown:
     ragged: bool = False
     positions: Tensor | None = None
     segment: Segment | None = None
+    draft: AttendsByItself | None = None
 
     def read_positions(self) -> Tensor:
         """The positions, looked up now where they were not taken."""
@@ -212,20 +174,34 @@ class Segment:
             seen: tokens seen by now, padding included.
         """
         batch, n_old = len(lengths), prompt.positions.shape[2] - n_new
+        if kept.whole and self.in_place:
+            columns, held = _in_place(prompt.positions, valid), [n_old + n_new] * batch
+            self._begin(prompt, columns, held, lengths, kept.ratios, seen)
+            return
         if self._rule.merge:
             self._merge(prompt, n_old, kept, valid)
         columns = (kept.columns + n_old).masked_fill_(kept.columns < 0, -1)
         heads = max(columns.shape[1], prompt.positions.shape[1])
         columns = columns.expand(-1, heads, -1)
-        leaving = self.of_rows("beyond", range(0), batch)
+        rows = self._step.rows if len(self._step.rows) != 1 else list(self._step.rows) * batch
+        leaving = [range(0)] * batch
+        if rows:
+            leaving = [row.leaving_for(*new) for row, *new in zip(rows, kept.counts, lengths, strict=True)]
         if n_old:
             old = without(in_order(prompt.positions[..., :n_old]), leaving)
             columns = close_up(torch.cat([old.expand(-1, heads, -1), columns], dim=2))
         before = self.of_rows("stored", 0, batch)
         held = [old - len(left) + new for old, left, new in zip(before, leaving, kept.counts, strict=True)]
+        self._begin(prompt, columns, held, lengths, kept.ratios, seen)
+
+    def _begin(
+        self, prompt: Pairs, columns: Tensor, held: list[int], lengths: list[int], ratios: list[float], seen: int
+    ) -> None:
+        """Go on from these columns of a prompt, `held` of them in each row."""
+        batch = len(lengths)
         fed = [old + new for old, new in zip(self.of_rows("seen", 0, batch), lengths, strict=True)]
         self.width = max(held)
-        states = list(zip(held, fed, kept.ratios, self.of_rows("origin", None, batch), strict=True))
+        states = list(zip(held, fed, ratios, self.of_rows("origin", None, batch), strict=True))
         states = states[:1] if len(set(states)) == 1 else states
         self._step = self._growing([self._rule.policy(*state) for state in states])
         self.plan = None
@@ -268,6 +244,31 @@ class Segment:
         self.in_place = self.in_place and bool(slots) and min(slots) == seen
         return self.keys, self.values
 
+    # Candidates of assisted decoding (draft.py).
+
+    @property
+    def counts_received(self) -> bool:
+        """Whether the policy asks how much attention each pair has received."""
+        return self._rule.counts_received
+
+    def lets_go_within(self, n: int) -> bool:
+        """Whether any pair leaves for the next `n` tokens."""
+        rows = [row.copy() for row in self._step.rows]
+        return any(row.next_slot() != stored for row in rows for stored in range(row.stored, row.stored + n))
+
+    def copied_step(self) -> GrowingStep:
+        """The coming steps, to be taken on trial."""
+        return self._growing([row.copy() for row in self._step.rows])
+
+    def hold(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write candidates, [batch, heads, n, head_dim], behind the pairs; return both. Nothing else is changed."""
+        width = self.width + keys.shape[2]
+        if width > self.stored.capacity or is_frozen(self.stored.keys):
+            room = max(width, self.width + STEPS_PER_GROWTH)
+            self.pairs = self.stored.grown(max(0, room - self.stored.capacity))
+        self.stored.write_behind(self.width, keys, values)
+        return self.stored.keys.narrow(2, 0, width), self.stored.values.narrow(2, 0, width)
+
     def catch_up(self, steps: int) -> None:
         """Take note, on the host, of steps that a plan took on the device."""
         for _ in range(steps):
@@ -276,20 +277,18 @@ class Segment:
 
     def drop_plan(self) -> None:
         """Go on with growing memory: the planned steps are used up."""
-        self.plan, self.in_place = None, False
+        self.plan = None
+        self.in_place = self.in_place and all(row.growing for row in self._step.rows)
 
     def add_received(self, importance: Tensor, seen: int) -> None:
         """Add what each pair has received from the newest tokens, float32 [batch, heads, width].
 
         Layers that share their keys show the same step several times; it counts once.
         """
-        received = self.stored.received
-        if received is None or self._received_at == seen:
+        if self.stored.received is None or self._received_at == seen:
             return
         self._received_at = seen
-        if importance.shape[1] > received.shape[1]:
-            importance = importance.mean(1, keepdim=True)
-        received[..., : importance.shape[2]] += importance
+        self.stored.add_received(importance)
 
     def received_with(self, scores: Tensor | None, keys: Tensor) -> Tensor:
         """Attention received by the stored pairs, then by a prompt's: float32 [batch, 1 or heads, width + n_new].
@@ -327,15 +326,32 @@ class Segment:
     def crop(self, end: int, removed: int, seen: int) -> None:
         """Take back the tokens from position `end` on. Pairs that left for them do not come back."""
         left = self._steps_left(seen)
-        held = self.held_before(end)[:, 0].tolist()
         positions = self.positions.masked_fill(self.positions >= end, -1)
+        if self.in_place:
+            held = [end] * self.batch_size
+            columns = _in_place(positions[..., :end], None)
+        else:
+            held, columns = self.held_before(end)[:, 0].tolist(), in_order(positions)
         rows = self._step.rows if len(self._step.rows) == len(held) else list(self._step.rows) * len(held)
         self._step = self._growing([row.shortened(stored, removed) for row, stored in zip(rows, held, strict=True)])
         self.width = max(held)
-        self._rebuild(
-            self.stored, in_order(positions)[..., : self.width], None if left is None else left + removed, end
-        )
+        self._rebuild(self.stored, columns[..., : self.width], None if left is None else left + removed, end)
 
     def _steps_left(self, seen: int) -> int | None:
         """Decode steps that the plan still knows; None where there is no plan."""
         return None if self.plan is None else self.plan.last - seen
+
+
+def _in_place(positions: Tensor, valid: Tensor | None) -> Tensor:
+    """The columns of pairs that stay where they are, int64 like `positions`, -1 where they are no valid token's.
+
+    Args:
+        positions: int64 [batch, 1 or heads, n].
+        valid: bool [batch, n_new], of the last tokens. None: all are.
+    """
+    columns = torch.arange(positions.shape[2], device=positions.device).expand_as(positions)
+    columns = columns.masked_fill(positions < 0, -1)
+    if valid is not None:
+        n_new = valid.shape[1]
+        columns[..., -n_new:] = columns[..., -n_new:].masked_fill(~valid[:, None], -1)
+    return columns

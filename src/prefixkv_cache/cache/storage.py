@@ -102,6 +102,19 @@ class Pairs:
         if self.received is not None:
             self.received.scatter_(2, index.expand(-1, self.received.shape[1], -1), 0.0)
 
+    def add_received(self, importance: Tensor) -> None:
+        """Add what the first pairs have received, float32 [batch, heads, n]; as a mean where heads count together."""
+        assert self.received is not None, "asked for only where the eviction policy counts"
+        if importance.shape[1] > self.received.shape[1]:
+            importance = importance.mean(1, keepdim=True)
+        self.received[..., : importance.shape[2]] += importance
+
+    def write_behind(self, width: int, keys: Tensor, values: Tensor) -> None:
+        """Put pairs, [batch, heads, n, head_dim], into spare slots from `width` on, which stay spare."""
+        self.unshare()
+        self.keys.narrow(2, width, keys.shape[2]).copy_(keys)
+        self.values.narrow(2, width, values.shape[2]).copy_(values)
+
     def write_positions(self) -> None:
         """Write down the positions that decode steps have left for later."""
         if not self.unwritten:

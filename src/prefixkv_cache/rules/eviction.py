@@ -2,9 +2,9 @@
 
 How many leave is the same for all rules: a row that would hold one pair more than its share of the tokens seen, and its
 headroom, lets one go. Which one is the rule's own: `QueueEviction` is the fixed point of Elastic Cache (arXiv
-2407.18121, section 3.3) and PrefixKV, `LeastImportantEviction` that of H2O (arXiv 2306.14048, algorithm 1). Plain
-integers: no tensor is touched here. A slot is a place in memory; keys were rotated before they were stored, so a pair
-can lie in any slot.
+2407.18121, section 3.3) and PrefixKV, `LeastImportantEviction` that of H2O (arXiv 2306.14048, algorithm 1),
+`WindowEviction` ours for layers with a sliding window. Plain integers: no tensor is touched here. A slot is a place in
+memory; keys were rotated before they were stored, so a pair can lie in any slot.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ class Eviction(Protocol):
         """Place, in the order of positions, where the first answer begins; None: no turn has ended yet."""
         ...
 
-    @property
-    def beyond(self) -> range:
-        """Pairs held beyond the share, which leave when the next turn begins: places in the order of positions."""
+    def leaving_for(self, n_kept: int, n_new: int) -> range:
+        """Pairs that leave when a prompt of `n_new` tokens comes, of which `n_kept` stay: places in position order."""
         ...
 
     @property
@@ -138,12 +137,12 @@ class QueueEviction:
         """Place, in the order of positions, where the first answer begins; None: no turn has ended yet."""
         return self.point if self.first_origin is None and self.seen > self.began else self.first_origin
 
-    @property
-    def beyond(self) -> range:
-        """Pairs held beyond the share, which leave when the next turn begins.
+    def leaving_for(self, n_kept: int, n_new: int) -> range:
+        """Pairs held beyond the share leave when the next turn begins, whatever comes.
 
         As many as the headroom at most: a row that holds more because of its least length keeps that.
         """
+        del n_kept, n_new
         if self.origin is None or self.seen <= self.began:
             return range(0)
         number = min(self.headroom, int(max(0.0, self.stored - self.seen * self.keep)))
@@ -158,6 +157,77 @@ class QueueEviction:
     def growing(self) -> bool:
         """Whether pairs only come."""
         return self.point is None
+
+
+@dataclass(slots=True)
+class WindowEviction:
+    """The oldest pair leaves, of a layer with a sliding window: pairs that it has moved past go first.
+
+    The share is one of the window: the tokens that count are those that the next one may see.
+
+    Args:
+        stored: pairs a head holds after the prompt.
+        seen: valid tokens that the row was fed so far.
+        keep: keep ratio, fraction kept in [0, 1].
+        reach: earlier tokens that a token sees at most: the window without the token itself.
+        headroom: pairs that may be held beyond the share; never more than the window holds.
+    """
+
+    stored: int
+    seen: int
+    keep: float
+    reach: int
+    headroom: int = 0
+    began: int = -1  # tokens seen when decoding began
+    queue: deque[int] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        if self.began < 0:
+            self.began = self.seen
+        self.headroom = min(self.headroom, self.reach - int(self.keep * self.reach))
+        self.queue = self.queue or deque(range(self.stored))
+
+    def next_slot(self) -> int:
+        """Take in one more token and return the slot for its pair: the oldest pair's, or the first unused one."""
+        self.seen += 1
+        if self.queue and self.stored + 1 - self._share(self.seen) >= 1 + self.headroom:
+            slot = self.queue.popleft()
+        else:
+            slot = self.stored
+            self.stored += 1
+        self.queue.append(slot)
+        return slot
+
+    def _share(self, seen: int) -> float:
+        return min(seen, self.reach) * self.keep
+
+    def copy(self) -> WindowEviction:
+        """An independent continuation of the same row."""
+        return replace(self, queue=self.queue.copy())
+
+    def shortened(self, stored: int, removed: int) -> WindowEviction:
+        """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
+        seen = max(stored, self.seen - removed)
+        return WindowEviction(stored, seen, self.keep, self.reach, self.headroom, min(self.began, seen))
+
+    @property
+    def origin(self) -> None:
+        """None: the oldest pair leaves, of whichever turn it is."""
+
+    def leaving_for(self, n_kept: int, n_new: int) -> range:
+        """Pairs that leave when a prompt comes: the oldest, as many as there are then beyond share and headroom."""
+        allowed = int(self._share(self.seen + n_new)) + self.headroom
+        return range(min(self.stored, max(0, self.stored + n_kept - allowed)))
+
+    @property
+    def allowance(self) -> int:
+        """Tokens of the next prompt that may be kept beyond the share."""
+        return self.headroom // 2 if self.seen > self.began else 0
+
+    @property
+    def growing(self) -> bool:
+        """Whether pairs only come: never for good."""
+        return False
 
 
 @dataclass(slots=True)
@@ -196,9 +266,9 @@ class LeastImportantEviction:
     def origin(self) -> None:
         """None: the least important pair leaves, of whichever turn it is."""
 
-    @property
-    def beyond(self) -> range:
+    def leaving_for(self, n_kept: int, n_new: int) -> range:
         """None leave between turns."""
+        del n_kept, n_new
         return range(0)
 
     @property

@@ -107,6 +107,29 @@ def valid_tokens(mask: Any, n_new: int) -> Tensor | None:
     return newest.amax((1, 2)) > _HIDDEN
 
 
+def at_queries(mask: Any, begin: int, end: int, n_behind: int = 0) -> Any:
+    """The mask of some of the queries, without the last `n_behind` keys; in the same form.
+
+    Args:
+        mask: as `own_mask` takes it. A mask by keys alone, or None, says nothing of queries.
+        begin, end: of the queries.
+        n_behind: keys to leave out at the end.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, BlockMask):
+        keys = slice(0, mask.shape[-1] - n_behind)
+        return mask[:, keys] if mask.ndim == 2 else mask[:, :, begin:end, keys]
+    batch, heads, _, n_keys = mask.shape
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return mask.mask_mod(b, h, q + begin, kv)
+
+    return create_block_mask(
+        visible, batch, heads, end - begin, n_keys - n_behind, device=str(mask.kv_num_blocks.device)
+    )
+
+
 def own_mask(
     mask: Any, positions: Tensor, ragged: bool, query: Tensor, backend: str, query_heads: Tensor | None = None
 ) -> Any:
