@@ -282,6 +282,9 @@ def test_what_is_refused():
     compress = PrefixKVCache.compress
     with pytest.raises(TypeError, match="input_ids"):
         compress(model, inputs["input_ids"])
+    for empty in (torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64), torch.ones(1, 4)):
+        with pytest.raises(ValueError, match=r"int tensor \[batch, n\] of a context; got"):
+            compress(model, {"input_ids": empty})
     with pytest.raises(ValueError, match="have a cache already"):
         compress(model, {**inputs, "past_key_values": PrefixKVCache()})
     with pytest.raises(TypeError, match="cannot generate"):

@@ -104,6 +104,31 @@ def test_backends(attn, method, lengths, source):
     assert watch.kept == run(case)[1].kept
 
 
+@pytest.mark.skipif(not compat.ANNOUNCES_ASSISTED_DECODING, reason="a loop of one's own cannot announce candidates")
+@pytest.mark.parametrize(("attn", "method"), [
+    ("flash_stand_in", "default:headroom=2"), ("flash_stand_in", "h2o"), ("flex_attention", "h2o")])  # fmt: skip
+def test_candidates_on_backends(attn, method):
+    """A padded batch: what was confirmed of two forwards of candidates gives the logits of single steps."""
+    case, model = Case(method, profile="head"), build(attn)
+    caches, words, logits = (case.cache(), case.cache()), models.words(3, 6), []
+    caches[1].activate_past_recording()
+    mask = case.prompt()["attention_mask"]
+    mask = torch.cat([mask, torch.ones(3, 8, dtype=mask.dtype)], dim=1)
+    for cache, sizes in zip(caches, ((1,) * 6, (4, 4)), strict=True):
+        model(**case.prompt(), past_key_values=cache, use_cache=True)
+        got, at = [], 0
+        for size in sizes:
+            fed = torch.cat([words, words.flip(1)], dim=1)[:, at : at + size]
+            until = cache.get_seq_length() + size
+            out = model(input_ids=fed, attention_mask=mask[:, :until], past_key_values=cache, use_cache=True)
+            got.append(out.logits[:, : size - size // 4])
+            at += size - size // 4
+            if size > 1:
+                cache.crop(-1)
+        logits.append(torch.cat(got, dim=1))
+    assert (logits[0] - logits[1]).abs().max() < CLOSE
+
+
 class Collect(BaseStreamer):
     """A streamer that keeps what it is given."""
 
@@ -197,17 +222,6 @@ def test_a_second_image_in_the_second_turn(family, budget, source):
     except (ValueError, RuntimeError, IndexError) as error:
         pytest.skip(f"not with DynamicCache either: {error}")
     assert_pruning_equals_masking(model, turns, Watch(case.cache(budget=budget), family))
-
-
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}], ids=str)
-def test_assisted_decoding_is_refused_before_it_starts(options):
-    model, inputs = models.shared(FAMILY, "sdpa"), models.batch(FAMILY, (61,))
-    options = {name: model if value == "itself" else value for name, value in options.items()}
-    cache = PrefixKVCache(budget=0.5)
-    with pytest.raises((NotImplementedError, ValueError), match=r"assisted|crop"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=8, **options)
-    if compat.ANNOUNCES_ASSISTED_DECODING:
-        assert cache.get_seq_length() == 0
 
 
 @each_source

@@ -246,6 +246,36 @@ def test_of_another_model_it_is_refused(tmp_path):
         PrefixKVCache.load(path, None)
 
 
+def test_after_tokens_of_the_prompt_were_taken_back(tmp_path):
+    case = by_one_length
+    for cache, n in ((after(case, 3)[1], 20), (PrefixKVCache.compress(case.model, case.prompt(), 0.5), 5)):
+        cache.crop(-n)
+        loaded = saved(cache, case, tmp_path)
+        assert str(contents(loaded)) == str(contents(cache)) and loaded.context_ids is None
+        more = models.words(1, 9)
+        logits = [case.model(input_ids=more, past_key_values=each).logits for each in (cache, loaded)]
+        assert torch.equal(*logits)
+
+
+def test_a_cache_made_for_a_model_knows_its_name(tmp_path):
+    path, (mine, yours) = tmp_path / "a.safetensors", (copy.copy(models.shared("llava_mha")) for _ in range(2))
+    for model, name in ((mine, "somebody/mine"), (yours, "somebody/yours")):
+        model.config = copy.deepcopy(model.config)
+        model.config._name_or_path = name
+    case = by_one_length
+    for cache in (
+        PrefixKVCache.for_model(mine, 0.5),
+        PrefixKVCache(None, 0.5, config=mine.config),
+        PrefixKVCache.compress(mine, case.prompt(), 0.5),
+    ):
+        if not cache.get_seq_length():
+            feed(case.model, case.prompt(), models.words(1, 3), cache)
+        cache.copy().save(path)
+        assert PrefixKVCache.load(path, mine).get_seq_length() == cache.get_seq_length()
+        with pytest.raises(SavedCacheError, match=r"a\.safetensors: model: is 'mine'; expected 'yours'"):
+            PrefixKVCache.load(path, yours)
+
+
 def test_what_cannot_be_saved(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match="holds nothing yet"):

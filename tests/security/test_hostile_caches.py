@@ -52,13 +52,18 @@ def fed(cache, rows=1):
     return cache
 
 
+def noted(cache):
+    cache.notes = {"question": '{"before": "a", "after": "b", "skip": 1}'}
+    return cache
+
+
 SEEDS = {
     "default": lambda: fed(PrefixKVCache(None, 0.5, method="default:headroom=2")),
     "batch": lambda: fed(PrefixKVCache(None, 0.5, method="prefixkv:distance=3"), rows=2),
     "profile": lambda: fed(PrefixKVCache(make_profile(2, 2), 0.4, image_mask=torch.zeros(2, 20).bool()), rows=2),
     "h2o": lambda: fed(PrefixKVCache(None, 6, method="h2o")),
     "planned": lambda: fed(PrefixKVCache(None, 0.5, max_new_tokens=8)),
-    "compressed": lambda: PrefixKVCache.compress(model(), {"input_ids": torch.arange(1, 21)[None]}, 0.4),
+    "compressed": lambda: noted(PrefixKVCache.compress(model(), {"input_ids": torch.arange(1, 21)[None]}, 0.4)),
     "all": lambda: fed(PrefixKVCache(None, 1.0)),
 }
 
@@ -167,7 +172,7 @@ def _entry(header, data, rng):
 
 def _numbers(header, data, rng):
     """Other numbers in the tensors that say how to go on."""
-    names = [each for each in header if each.endswith(("rows", "queue", "positions", "keep", "received"))]
+    names = [each for each in header if each.endswith(("rows", "queue", "positions", "keep", "received", "_ids"))]
     header_of = header[rng.choice(names)]
     start, end = header_of["data_offsets"]
     if start == end:

@@ -30,7 +30,7 @@ from ..rules.scoring import join_heads
 from .guards import image_mask_of
 from .layer import PrunedLayer
 from .lengths import LengthSource
-from .loaded import hash_of, name_of
+from .loaded import name_of
 from .pipeline import kept_of_prompt
 from .prompt import Prompt
 from .reconstruct import LargestAttention
@@ -39,7 +39,7 @@ from .second_pass import Context, SecondPass, context_of, first_pass, padding_of
 
 C = TypeVar("C", bound="CompressedCaches")
 RECONSTRUCT = "reconstruct"
-COMES_LATER = DEFAULT.replace(lengths="pool", text_floor=0.0)
+COMES_LATER = DEFAULT.replace(lengths="pool", text_floor=0.0, recent=1)
 """By which later turns are ranked and pairs leave while decoding, where nothing else is said."""
 
 
@@ -48,8 +48,8 @@ class CompressedCaches(Cache):
 
     method: Method
     _model_name: str
-    _tokens: str
     _position_deltas: Tensor | None
+    context_ids: Tensor | None
 
     def _lengths(self) -> LengthSource:
         raise NotImplementedError
@@ -103,15 +103,25 @@ class CompressedCaches(Cache):
             profile, budget, method=then, config=model.config, max_new_tokens=max_new_tokens, max_bytes=max_bytes,
             image_mask=image_mask_of(inputs, model.config) if one_pass else None,
         )  # fmt: skip
+        if any(getattr(layer, "window", None) for layer in cache.layers):
+            raise ValueError(
+                "every layer of this model has a sliding window, which holds no whole context to compress; "
+                "PrefixKVCache(..., config=model.config) prunes inside the window"
+            )
         if one_pass:
             first_pass(model, inputs, cache, check_integer("chunk", chunk, 1))
         else:
             asked = torch.as_tensor([] if request is None else request, dtype=torch.int64, device=ids.device)
             _reconstruct(cache, model, inputs, asked.flatten(), check_integer("chunk", chunk, 1), progress)
         _end_turn(cache.layers)
-        cache._model_name, cache._tokens = name_of(model.config), hash_of(ids, ids.shape[1])
-        cache._position_deltas = deltas_of(model)
+        _note(cache, model, ids)
         return cache
+
+
+def _note(cache: Any, model: Any, ids: Tensor) -> None:
+    """Of which model and of which tokens the cache is, and where positions go on."""
+    cache._model_name, cache._position_deltas = name_of(model.config), deltas_of(model)
+    cache.context_ids = cache._first_ids = ids.cpu()
 
 
 def _reconstruct(
@@ -133,12 +143,13 @@ def _reconstruct(
         scores = second.run(second.room(chunk), progress)
     prompts = [_prompt(context, index, scores, valid, lengths) for index in context.prunable]
     pruned = [cache.layers[index] for index in context.prunable]
+    method = cache.method.replace(recent=1)  # what is recent is no better than the rest where the question is to come
     shares = source.shares(prompts, [layer.place for layer in pruned])
     for layer, share in zip(pruned, shares, strict=True):
         prompt = prompts.pop(0)  # each layer of the context is freed as it is pruned
         layer.lazy_initialization(prompt.keys, prompt.values)
         layer.prompt, layer._seen = prompt, prompt.n_new
-        layer.prune(kept_of_prompt(prompt, share, cache.method))
+        layer.prune(kept_of_prompt(prompt, share, method))
 
 
 def _prompt(

@@ -52,13 +52,18 @@ def hash_of(input_ids: Any, most: int) -> str:
     return f"{ids.shape[1]}:{hashlib.sha256(repr(list(ids.shape)).encode() + ids.numpy().tobytes()).hexdigest()}"
 
 
-def check_metadata(metadata: dict[str, str], model: Any) -> dict[str, str]:
-    """Refuse what is no saved cache of this version, or one of another model."""
+def check_format(metadata: dict[str, str]) -> None:
+    """Refuse what is no saved cache of this version."""
     _expect("format", metadata.get("format"), FORMAT)
     _expect("format_version", metadata.get("format_version"), FORMAT_VERSION)
     for key in _REQUIRED:
         if key not in metadata:
             raise SavedCacheError(f"{key}: is missing from the metadata; expected {', '.join(_REQUIRED)}")
+
+
+def check_metadata(metadata: dict[str, str], model: Any) -> dict[str, str]:
+    """Refuse what is no saved cache of this version, or one of another model."""
+    check_format(metadata)
     config = getattr(model, "config", None)
     if config is None:
         raise TypeError(f"load takes the model itself, not its {type(model).__name__}: load(path, model)")
@@ -116,10 +121,13 @@ class Reader:
     def cache(self, cls: type[C]) -> C:
         """The cache itself."""
         self._names.update(
-            {"profile.budgets", "profile.keep", "image_mask", "position_deltas"} & set(self._file.shapes)
+            {"profile.budgets", "profile.keep", "image_mask", "position_deltas", "context_ids"} & set(self._file.shapes)
         )
         if "position_deltas" in self._names:
             self._shape("position_deltas", (self._batch, 1), torch.int64)
+        if "context_ids" in self._names:
+            n = self._shape("context_ids", (self._batch, None), torch.int64)[1]
+            _need(0 < n <= self._seen, "context_ids", f"1 to {self._seen} tokens a row")
         for index, layer in enumerate(self._layers):
             self._check_layer(index, layer)
         extra = sorted(self._file.shapes.keys() - self._names)
@@ -131,7 +139,22 @@ class Reader:
             self._fill(layer, told, index)
         cache._model_name, cache._tokens = self._metadata["model"], self._metadata.get("tokens", "")
         cache._position_deltas = self._read.get("position_deltas")
+        cache.context_ids = cache._first_ids = self._context_ids()
+        if notes := self._notes():
+            cache.notes = notes
         return cache
+
+    def _context_ids(self) -> Tensor | None:
+        ids = self._read.get("context_ids")
+        if ids is not None:
+            vocabulary = getattr(decoder_config(self._model.config), "vocab_size", 2**31)
+            _need(((ids >= 0) & (ids < vocabulary)).all(), "context_ids", f"token ids below {vocabulary}")
+        return ids
+
+    def _notes(self) -> dict[str, str]:
+        notes = _json("notes", self._metadata.get("notes", "{}"))
+        _need(isinstance(notes, dict) and all(isinstance(text, str) for text in notes.values()), "notes", "strings")
+        return notes
 
     def _empty(self, cls: type[C]) -> C:
         made: Any = cls
@@ -246,11 +269,12 @@ class Reader:
         held = torch.tensor([row.stored for row in rows], device=pairs.positions.device)[:, None]
         positions = pairs.positions
         inside = bool(((positions >= -1) & (positions < self._seen)).all()) and int(held.max()) == width
-        _need(inside and bool(((positions >= 0).sum(-1) == held).all()), prefix + "positions", "one for each pair held")
         if told["in_place"]:
-            _need(
-                (positions == torch.arange(width, device=positions.device)).all(), prefix + "positions", "0, 1, 2, ..."
-            )
+            there = (positions < 0) | (positions == torch.arange(width, device=positions.device))
+            _need(inside and bool(there.all()), prefix + "positions", "0, 1, 2, ...")
+        if not (told["in_place"] and all(row.keep == 1.0 for row in rows)):  # there padding leaves its places empty
+            all_there = bool(((positions >= 0).sum(-1) == held).all())
+            _need(inside and all_there, prefix + "positions", "one for each pair held")
         segment = Segment(None if told["heads"] is None else tuple(told["heads"]), layer.rule)
         segment.width, segment.in_place, segment._received_at = width, told["in_place"], told["received_at"]
         segment._step = segment._growing(rows)
@@ -268,7 +292,8 @@ class Reader:
             0 <= stored <= self._read[prefix + "keys"].shape[2] and 0 <= seen <= self._seen, name, "no more than seen"
         )
         _need(0.0 <= keep <= 1.0, prefix + "keep", "ratios in [0, 1]")
-        _need(-1 <= point <= stored and -1 <= origin <= stored and -1 <= began <= seen, name, "places of stored pairs")
+        _need(-1 <= point <= stored and -1 <= origin <= stored, name, "places of stored pairs")
+        _need(-1 <= began <= MAX_TOKENS, name, "a number of tokens")  # above `seen` where tokens were taken back
         _need(0 <= queued <= len(queue), name, "the length of its queue")
         _need(set(queue[queued:]) <= {-1} and _distinct(queue[:queued], stored), prefix + "queue", "slots, each once")
         rule: Any = layer.rule.policy

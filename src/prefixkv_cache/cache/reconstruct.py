@@ -62,7 +62,7 @@ def largest_attention(call: AttentionCall, n: int, valid: Tensor | None, max_byt
         raise TypeError(f"cannot read the mask of {call.backend!r} here; load the model with sdpa or eager attention")
     scaling = size**-0.5 if options.get("scaling") is None else options["scaling"]
     keys = call.key.float().transpose(2, 3) * scaling
-    largest = torch.zeros(batch, heads, n, device=call.key.device)
+    largest = torch.full((batch, heads, n), -torch.inf, device=call.key.device)  # of logarithms: one exp, at the end
     step = max(1, max_bytes // (12 * batch * heads * n_keys))
     for start in range(0, n_queries, step):
         span = slice(start, start + step)
@@ -75,8 +75,8 @@ def largest_attention(call: AttentionCall, n: int, valid: Tensor | None, max_byt
         total = scores.logsumexp(-1, keepdim=True)
         if options.get("s_aux") is not None:  # a learned score beside the keys (gpt-oss)
             total = torch.logaddexp(total, options["s_aux"].float().view(1, -1, 1, 1))
-        weights = (scores[..., :n] - total).exp()
+        logs = scores[..., :n] - total
         if valid is not None:
-            weights = weights.masked_fill(~valid.to(weights.device)[:, None, span, None], 0.0)
-        largest = torch.maximum(largest, weights.amax(2))
-    return largest.view(batch, kv_heads, heads // kv_heads, n).amax(2)
+            logs = logs.masked_fill(~valid.to(logs.device)[:, None, span, None], -torch.inf)
+        largest = torch.maximum(largest, logs.amax(2))
+    return largest.exp().view(batch, kv_heads, heads // kv_heads, n).amax(2)

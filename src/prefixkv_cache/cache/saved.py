@@ -11,7 +11,8 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from ..methods import Method
 from ..profiles.files import write_atomically
 from ..profiles.profile import PrefixProfile
 from ..rules.eviction import Eviction
+from .decode import STEPS_PER_GROWTH
 from .layer import PrunedLayer
 from .loaded import (
     COUNTERS,
@@ -53,14 +55,42 @@ class SavedCaches(Cache):
     _model_name = ""
     _tokens = ""
     _position_deltas: Tensor | None = None
+    context_ids: Tensor | None = None
+    """The token ids that `compress` read, int64 [batch, n] on the CPU, saved and loaded; None for other caches."""
+    notes: Mapping[str, str] = MappingProxyType({})
+    """Strings of the user's own, saved and loaded with the cache."""
 
     def _settle(self, layer_idx: int | None = None) -> None:
         raise NotImplementedError
 
     def reset(self) -> None:
         """Forget of which tokens this cache was."""
-        self._tokens, self._position_deltas = "", None
+        self._tokens, self._position_deltas, self.context_ids = "", None, None
+        self.__dict__.pop("notes", None)
         super().reset()
+
+    # Rows of other tokens, or in another order.
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of what was row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
+        self._choose_rows(lambda rows: rows[beam_idx.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        super().batch_repeat_interleave(repeats)
+        self._choose_rows(lambda rows: rows.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows at `indices`, in that order."""
+        super().batch_select_indices(indices)
+        self._choose_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _choose_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Context ids and position deltas follow their rows; a hash alone cannot."""
+        self._tokens = ""
+        self.context_ids = None if self.context_ids is None else choose(self.context_ids)
+        self._position_deltas = None if self._position_deltas is None else choose(self._position_deltas)
 
     def copy(self: C) -> C:
         """An independent cache that goes on as this one does. The buffers are shared until one of both writes.
@@ -82,11 +112,13 @@ class SavedCaches(Cache):
 
         Args:
             path: where to; the folder must exist.
-            input_ids: int [batch, n], the tokens fed so far, or the first of them. Their hash is saved, not they.
+            input_ids: int [batch, n], the tokens fed so far, or the first of them. Their hash is saved, not they. Of a
+                cache that `compress` has made its `context_ids` are saved, and their hash.
             model: the model that fed it, this cache as the last one: its name is saved, and with M-RoPE where positions
-                go on. Known already of a cache that `compress` or `load` has made.
+                go on. Known already of a cache that `compress` or `load` has made; the name, where `for_model` has.
 
         Raises:
+            TypeError: `notes` are not strings.
             ValueError: the cache holds nothing, or a layer whose state cannot be saved (linear attention, ...).
             OSError: the file cannot be written.
         """
@@ -113,9 +145,16 @@ class SavedCaches(Cache):
             "max_new_tokens": str(self.max_new_tokens),
             "layers": json.dumps(layers, separators=(",", ":")),
         }
-        tokens = self._tokens if input_ids is None else hash_of(input_ids, first.seen)
+        context = self.context_ids
+        context = None if context is None or context.shape[1] > first.seen else context
+        if input_ids is None:
+            tokens = self._tokens if context is None else hash_of(context, first.seen)
+        else:
+            tokens = hash_of(input_ids, first.seen)
         if tokens and int(tokens.split(":")[0]) <= first.seen:
             metadata["tokens"] = tokens
+        tensors |= {} if context is None else {"context_ids": context}
+        metadata |= {"notes": _spell_notes(self.notes)} if self.notes else {}
         if self.profile is not None:
             metadata["profile"] = json.dumps(dict(self.profile.metadata), sort_keys=True)
             tensors |= {"profile.budgets": self.profile.budgets, "profile.keep": self.profile.keep}
@@ -163,6 +202,12 @@ class SavedCaches(Cache):
 # To a file.
 
 
+def _spell_notes(notes: Any) -> str:
+    if not isinstance(notes, Mapping) or not all(isinstance(each, str) for pair in notes.items() for each in pair):
+        raise TypeError(f"cache.notes must be a dict of strings by strings, as they are saved; got {notes!r}")
+    return json.dumps(dict(notes), sort_keys=True)
+
+
 def _describe(layer: Any, index: int) -> dict[str, Any]:
     """What of a layer is no tensor."""
     if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not getattr(layer, "record_past", False):
@@ -171,6 +216,8 @@ def _describe(layer: Any, index: int) -> dict[str, Any]:
         return {}
     if not isinstance(layer, PrunedLayer):
         raise ValueError(f"layer {index} is a {type(layer).__name__}; caches with such layers cannot be saved")
+    if layer.window is not None:
+        raise ValueError(f"layer {index} has a sliding window and is pruned inside it; such caches cannot be saved")
     if not layer.segments:
         raise ValueError("the cache holds nothing yet; save it after a prompt")
     seen = layer.seen
@@ -178,7 +225,7 @@ def _describe(layer: Any, index: int) -> dict[str, Any]:
         "segments": [
             {
                 "heads": None if each.group is None else list(each.group.heads),
-                "capacity": each.stored.capacity,
+                "capacity": _capacity(each),
                 "in_place": each.in_place,
                 "received_at": each._received_at,
                 "steps": None if each.plan is None else each.plan.last - seen,
@@ -186,6 +233,12 @@ def _describe(layer: Any, index: int) -> dict[str, Any]:
             for each in layer.segments
         ]
     }
+
+
+def _capacity(segment: Segment) -> int:
+    """Slots to allocate again: not those that only rejected candidates have used."""
+    capacity = segment.stored.capacity
+    return capacity if segment.plan is not None else min(capacity, segment.width + STEPS_PER_GROWTH)
 
 
 def _tensors(layer: Any, index: int) -> Iterator[tuple[str, Tensor]]:

@@ -33,6 +33,8 @@ def context_of(model: Any, inputs: Any) -> Tensor:
     """The token ids of the context, int64 [batch, n]; refuses what is none."""
     if not isinstance(inputs, Mapping) or not isinstance(ids := inputs.get("input_ids"), Tensor) or ids.ndim != 2:
         raise TypeError("inputs are what model.generate(**inputs) takes, with a tensor input_ids [batch, n]")
+    if ids.numel() == 0 or ids.is_floating_point():
+        raise ValueError(f"input_ids must be an int tensor [batch, n] of a context; got {ids.dtype} {list(ids.shape)}")
     if inputs.get("past_key_values") is not None:
         raise ValueError("inputs have a cache already (past_key_values); compress reads the whole context by itself")
     if not getattr(model, "can_generate", lambda: False)():

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model; `load` loads it."""
-    parser.add_argument("--model", required=True, metavar="M", help="folder or hub id of an image-text-to-text model")
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="folder or hub id of a model of pictures and text, or text"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", metavar="D", help="such as cpu, cuda:0; default: a GPU if there is one")
     parser.add_argument("--device-map", metavar="MAP", help="spread the model by accelerate, such as auto")
@@ -75,6 +79,60 @@ def cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+# Files to write: looked at before the work is done, written at its end.
+
+
+def out_path(text: str, what: str, *suffixes: str) -> Path:
+    """The file of `--out`; its folder need not be there yet.
+
+    Args:
+        text: as given.
+        what: what is written, for the message.
+        suffixes: of which the name must end in one.
+
+    Raises:
+        ValueError, OSError: another suffix, a folder, or a place where nothing can be written.
+    """
+    path = Path(text)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"--out is {text!r}; the name of {what} ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out is {text!r}, which is a folder; give a file's name")
+    return _check_writable(path)
+
+
+def out_folder(text: str) -> Path:
+    """The folder of `--out`, which need not be there yet.
+
+    Raises:
+        OSError: it is a file, or nothing can be written there.
+    """
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"--out is {text!r}, which is a file; give a folder")
+    return _check_writable(path)
+
+
+def _check_writable(path: Path) -> Path:
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        kind = "which cannot be written to" if above.is_dir() else "which is a file and no folder"
+        raise OSError(f"--out is {os.fspath(path)!r} and lies in {os.fspath(above)!r}, {kind}")
+    return path
+
+
+def write_out(path: Path, content: bytes | str) -> None:
+    """Write a file in one step, in a folder that is made if there is none.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    from ..profiles.files import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
 # Types of arguments: text in, a value or argparse's error out.
 
 
@@ -103,6 +161,17 @@ def budget(text: str) -> float | int:
 def budgets(text: str) -> tuple[float | int, ...]:
     """Several of them, with commas between."""
     return tuple(map(budget, text.split(",")))
+
+
+def share(text: str) -> float:
+    """A share, from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: expected a number from 0 to 1, such as 0.02")
+    return value
 
 
 def positive(text: str) -> int:

@@ -6,6 +6,7 @@ nothing of caches.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def load_model(
     device_map: str | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a model of the image-text-to-text kind, ready to generate, and its processor.
+    """Load a model of the image-text-to-text kind, or one of text alone, and its processor, ready to generate.
 
     Args:
         name: folder, or id on the hub.
@@ -38,7 +39,7 @@ def load_model(
         attn_implementation: transformers' name of the attention backend; None: the model's default.
 
     Returns:
-        (model in eval mode, processor)
+        (model in eval mode, processor; of a model of text alone its tokenizer)
 
     Raises:
         LoadError: there is no such model, it is not of this kind, or some of its weights are not there.
@@ -46,24 +47,28 @@ def load_model(
     if not os.path.isdir(name) and name.count("/") != 1:
         raise LoadError(f"cannot load {name!r}: there is no such folder, and an id on the hub reads owner/name")
     import transformers
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar for each file, between the lines of our own report
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu" if device_map == "cpu" or not torch.cuda.is_available() else "cuda"
+    elif device_map is not None:
+        raise LoadError(f"--device {device} and --device-map {device_map} both say where the model goes; give one")
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
-    if dtype == "auto" and device_map is None and device == "cpu":
+    if dtype == "auto" and device == "cpu":
         # Half-precision arithmetic is slow or missing on most CPUs; the weights are the same numbers.
         options["dtype"] = torch.float32
     if device_map is not None:
+        if importlib.util.find_spec("accelerate") is None:
+            cure = "pip install '.[calibrate]' in a checkout, 'prefixkv-cache[calibrate]' elsewhere"
+            raise LoadError(f"--device-map needs accelerate: {cure}")
         options["device_map"] = device_map
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
         processor = AutoProcessor.from_pretrained(name)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
-        model, found = loaded
+        model, found = _auto_class(name).from_pretrained(name, output_loading_info=True, **options)
         if device_map is None:
             model.to(device)
     except LoadError:
@@ -76,6 +81,17 @@ def load_model(
             f"({transformers.__version__}) does not know the layout in which it was saved"
         )
     return model.eval(), processor
+
+
+def _auto_class(name: str) -> Any:
+    """The Auto class of a model: with pictures where it can, of text where transformers knows it as such alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    kind = AutoConfig.from_pretrained(name).model_type
+    sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    reads = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if reads and not sees else AutoModelForImageTextToText
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -99,12 +115,21 @@ def chat_text(processor: Any, prompt: str, n_images: int = 1) -> str:
     A processor without a template gets its image tokens and the prompt, a line each.
     """
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
         try:
-            return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            return _templated(processor, [("user", prompt, n_images)], add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's makers
             raise LoadError(f"the model's chat template failed: {_first_line(error)}") from error
     return "".join(f"{getattr(processor, 'image_token', '<image>')}\n" for _ in range(n_images)) + prompt
+
+
+def _templated(processor: Any, turns: Sequence[tuple[str, str, int]], **options: Any) -> str:
+    """What the template makes of (role, text, pictures before it); one of a model of text alone takes strings."""
+    reads_text = not hasattr(processor, "tokenizer")
+    messages = [
+        {"role": role, "content": text if reads_text else [{"type": "image"}] * n + [{"type": "text", "text": text}]}
+        for role, text, n in turns
+    ]
+    return processor.apply_chat_template(messages, tokenize=False, **options)
 
 
 def answer_ids(processor: Any, prompt: str, answer: str, n_images: int = 1) -> list[int]:
@@ -137,10 +162,8 @@ def answer_ids(processor: Any, prompt: str, answer: str, n_images: int = 1) -> l
 
 def _separator(processor: Any, prompt: str, answer: str, n_images: int, asked: str) -> str:
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         try:
-            whole = processor.apply_chat_template([{"role": "user", "content": content}, reply])
+            whole = _templated(processor, [("user", prompt, n_images), ("assistant", answer, 0)])
         except Exception:  # a template may refuse to write for the assistant
             whole = ""
         if whole.startswith(asked) and answer in whole:
@@ -159,12 +182,22 @@ def prepare(processor: Any, requests: Sequence[tuple[str, Sequence[Image.Image]]
         device: where the tensors shall be.
     """
     texts = [chat_text(processor, prompt, len(pictures)) for prompt, pictures in requests]
-    pictures = [list(of_row) for _, of_row in requests]
+    return prepare_texts(processor, texts, [list(of_row) for _, of_row in requests], device)
+
+
+def prepare_texts(
+    processor: Any, texts: Sequence[str], pictures: Sequence[list[Image.Image]], device: Any = None
+) -> Any:
+    """The same, of texts that the chat template has written."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    if len(requests) > 1:
+    if len(texts) > 1:
         tokenizer.padding_side = "left"
-    options: dict[str, Any] = {"padding": True} if len(requests) > 1 else {}
-    inputs = processor(text=texts, images=pictures if any(pictures) else None, return_tensors="pt", **options)
+    options: dict[str, Any] = {"padding": True} if len(texts) > 1 else {}
+    if tokenizer is not processor:
+        options["images"] = pictures if any(pictures) else None
+    elif any(pictures):
+        raise LoadError("this model reads text only; leave the picture out")
+    inputs = processor(text=list(texts), return_tensors="pt", **options)
     return inputs.to(device) if device is not None else inputs
 
 
