@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from . import methods as methods
     from .cache.cache import PrefixKVCache as PrefixKVCache
+    from .cache.tensor_file import SavedCacheError as SavedCacheError
     from .calibration.calibrate import calibrate as calibrate
     from .methods import Method as Method
     from .methods import MethodMismatchWarning as MethodMismatchWarning
@@ -24,6 +25,7 @@ _HOMES = {
     "PrefixKVCache": "cache.cache",
     "PrefixProfile": "profiles.profile",
     "ProfileError": "profiles.file",
+    "SavedCacheError": "cache.tensor_file",
     "calibrate": "calibration.calibrate",
     "search_threshold": "rules.threshold",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "PrefixKVCache",
     "PrefixProfile",
     "ProfileError",
+    "SavedCacheError",
     "calibrate",
     "methods",
     "search_threshold",

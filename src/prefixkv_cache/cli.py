@@ -28,10 +28,12 @@ _INTERRUPTED = "prefixkv: interrupted"
 # name: (module in tools, what its functions' names begin and end with, summary)
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("demo.command", "", "answer questions about a drawn scene with the full cache and with pruned ones"),
-    "generate": ("generate", "", "generate from a picture and a prompt with a pruned cache"),
+    "generate": ("generate", "", "generate from a picture and a prompt, or from a compressed context"),
+    "compress": ("compress", "", "read a picture or a document once, and write its pruned cache to a file"),
     "report": ("report.command", "", "one page that shows what each layer kept of a picture and a prompt"),
     "calibrate": ("calibrate", "", "make a profile of a model from some pictures and prompts"),
     "evaluate": ("evaluate.command", "", "measure what pruning costs, method by method and budget by budget"),
+    "recommend": ("evaluate.command", "recommend", "find the smallest budget that keeps the answers of a model"),
     "bench": ("bench", "", "measure time and KV memory of full and pruned caches on a model"),
     "inspect": ("inspect", "inspect", "print what is in a profile: layers by budget, metadata, checks"),
     "plot": ("inspect", "plot", "draw the keep ratio by layer for each budget, of one profile or several"),

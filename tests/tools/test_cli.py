@@ -8,11 +8,14 @@ import time
 import warnings
 
 import pytest
+import torch
 
 import tiny_vlm
 from prefixkv_cache import PrefixKVCache, methods
 from prefixkv_cache.cli import COMMANDS, main
 from prefixkv_cache.tools import arguments as types
+from prefixkv_cache.tools.evaluate.results import Results, Unit
+from prefixkv_cache.tools.loading import load_model
 
 SCRIPT = "import sys; from prefixkv_cache.cli import main; print('ready', flush=True); sys.exit(main())"
 INTERRUPTED_IMPORT = """
@@ -164,6 +167,7 @@ COMMON = ["--prompt", "what is red ?"]
         (["inspect", "p", "--budgets", "0.1,x"], "'x'", "prefixkv inspect"),
         (["calibrate", "--model", "m", "--out", "a\nb", "--by", "so\nme"], "--", "prefixkv calibrate"),
         (["plot", "p"], "--out", "prefixkv plot"),
+        (["recommend", "--model", "m", "--data", "d", "--max-loss", "2"], "'2' is no share", "prefixkv recommend"),
         (["demo", "--threads", "0"], "at least 1", "prefixkv demo"),
         (["bench", "--model"], "--model", "prefixkv bench"),
     ],
@@ -249,6 +253,52 @@ def test_a_mismatch_is_told_once_and_in_one_line(home, run, tmp_path, monkeypatc
     assert warnings.showwarning is shown
 
 
+# Where the model goes, and where files go.
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+def test_a_device_map_on_a_cpu_leaves_the_dtype_as_it_is_without(tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    if torch.cuda.is_available() and device_map == "auto":
+        pytest.skip("there is a GPU")
+    loaded, processor = load_model(str(tiny_vlm.save_model(tmp_path / "float32")), device="cpu")
+    loaded.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for options, dtype in (({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)):
+        model, _ = load_model(str(tmp_path / "model"), device_map=device_map, **options)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_device_beside_a_device_map_is_refused(home, run):
+    where = ["--device", "cpu", "--device-map", "auto"]
+    status, _, err = run("generate", "--model", home / "model", *COMMON, *where)
+    assert status == 2 and "--device cpu and --device-map auto both say" in err
+
+
+def test_folders_of_out_are_made(home, run, tmp_path):
+    out = tmp_path / "a" / "b"
+    model = ["--model", home / "model"]
+    status, *_ = run("report", *model, *OF_COMMAND["report"], "--out", out / "report.html")
+    assert status == 0 and (out / "report.html").is_file()
+    data = ["--images", home / "images", "--prompt", "what ?", "--by", "mass", "--budgets", "0.5"]
+    status, *_ = run("calibrate", *model, *data, "--out", out / "c" / "p.safetensors")
+    assert status == 0 and [path.name for path in (out / "c").iterdir()] == ["p.safetensors"]
+    status, said, _ = run("plot", "scene-llava", "--out", out / "d" / "p.svg")
+    assert (status, said) == (0, f"wrote {out / 'd' / 'p.svg'}\n") and (out / "d" / "p.svg").is_file()
+    for where in ("report.html/p.html", "c/p.safetensors/q/p.html"):
+        status, _, err = run("report", *model, *COMMON, "--out", out / where)
+        assert status == 2 and "which is a file and no folder" in err
+    status, _, err = run("report", *model, *COMMON, "--out", out / "report.html" / "..")
+    assert status == 2 and "ends in .html" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "results-0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device.*results-0\.jsonl"):
+        Results(tmp_path, {}).add(Unit(0, "a", 0.5), [{}])
+
+
 # prefixkv generate
 
 
@@ -272,10 +322,10 @@ def test_generate_says_what_it_took(home, run):
         ("generate", ["--image", "none.png"], "there is no image 'none.png'"),
         ("generate", [], "cannot load 'no-model'"),
         ("report", ["--out", "report.pdf"], "ends in .html"),
-        ("report", ["--out", "nowhere/report.html"], "no folder"),
+        ("report", ["--out", "/dev/null/report.html"], "is a file and no folder"),
         ("report", ["--prompt", "  "], "--prompt is empty"),
         ("report", ["--image", "none.png"], "none.png"),
-        ("demo", ["--out", "demo.jpg"], "must be a .png file"),
+        ("demo", ["--out", "demo.jpg"], "the name of a picture ends in .png"),
         ("demo", ["--method", "nope"], "there is no method 'nope'"),
         ("demo", [], "there is no model folder 'no-model'"),
     ],

@@ -74,7 +74,7 @@ def test_calibrate_writes_a_profile_and_nothing_else_and_says_what_it_does(home,
     assert profile.method == methods.DEFAULT and profile.measured is None
     status, out, err = run(*calibrate_arguments(home, made, "--samples", "all"))
     assert status == 0 and "3 layers from 8 samples" in out
-    assert "calibrating on 8 of 8 records" in err and "8/8" in err and "sample/s" in err
+    assert "calibrating on 8 of 8 records" in err and "8/8" in err and "prompt/s" in err
     assert PrefixProfile.load(made).metadata["source"] == "data.json, all 8 records"
     assert files_in(tmp_path) == ["made.safetensors"]
 
@@ -158,9 +158,11 @@ def test_ctrl_c_leaves_a_state_and_resume_goes_on(home, run, made, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(loading, "open_image", open_three)
         status, _, err = run(*calibrate_arguments(home, out, "--samples", 6))
-    assert status == 130 and "3 samples are kept; go on with --resume" in err
+    assert status == 130 and "3 samples are kept in " in err and "; go on with --resume" in err
     assert files_in(tmp_path) == [made.name, "p.safetensors.state.json"]
 
+    status, _, err = run(*calibrate_arguments(home, out, "--samples", 6))
+    assert status == 2 and "go on with --resume, or delete it" in err and err.count("\n") == 1
     for other, field in ((["--samples", 6, "--method", "h2o"], "method"), (["--samples", 5], "data")):
         status, _, err = run(*calibrate_arguments(home, out, *other, "--resume"))
         assert status == 2 and f"another run, whose {field} was" in err
@@ -217,8 +219,8 @@ def test_several_processes_do_not_share_a_device_map(home, run, tmp_path, monkey
         (["--batch-size", "0"], "not a whole number of at least 1"),
         (["--data", "none.json"], "there is no data file 'none.json'"),
         (["--images", "none"], "there is no folder 'none' of images"),
-        (["--out", "profile"], "a profile's name ends in .safetensors"),
-        (["--out", "none/p.safetensors"], "there is no folder 'none'"),
+        (["--out", "profile"], "the name of a profile ends in .safetensors"),
+        (["--out", "/dev/null/p.safetensors"], "lies in '/dev/null', which is a file and no folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_before_the_model_loads(home, run, tmp_path, monkeypatch, more, message):
@@ -313,7 +315,7 @@ def test_plot_draws_layers_and_heads_and_says_what_it_wrote(run, made, tmp_path)
 def test_plot_refuses_bad_input_and_leaves_nothing(run, tmp_path, monkeypatch):
     for arguments, message in [
         (("llava-1.5-7b", "--out", tmp_path / "p.docx"), "ends in .png, .svg, .pdf"),
-        (("llava-1.5-7b", "--out", tmp_path / "none/p.png"), "there is no folder"),
+        (("llava-1.5-7b", "--out", "/dev/null/p.png"), "is a file and no folder"),
         (("none", "--out", tmp_path / "p.png"), "no bundled profile"),
         (("llava-1.5-7b", "--out", tmp_path / "p.png", "--budgets", "64"), "takes a fraction"),
     ]:

@@ -140,7 +140,7 @@ def test_the_same_command_gives_the_same_bytes(home, run, made, tmp_path):
     status, out, err = run(*command(home, tmp_path / "again"))
     assert status == 0 and same_files(tmp_path / "again", made)
     assert "60 rows in results.csv, summary.md, run.json, 1 drawings" in out
-    assert "evaluating 6 samples, 30 units of work, 0 of them done before" in err and "30/30" in err
+    assert "evaluating 6 samples: 60 answers, 0 of them done before" in err and "60/60" in err
     names = {"results.csv", "results-0.jsonl", "summary.md", "run.json", "data.png"}
     assert {path.name for path in made.iterdir()} == names
     assert (made / "data.png").stat().st_size > 5000
@@ -158,7 +158,7 @@ def test_killed_and_resumed_gives_the_same_bytes(home, run, made, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Results, "add", add_five)
         status, _, err = run(*command(home, out))
-    assert status == 130 and "5 units are kept; go on with --resume" in err
+    assert status == 130 and "10 answers are kept in " in err and "; go on with --resume" in err
 
     status, _, err = run(*command(home, out))
     assert status == 2 and "is not empty; give another folder, or --resume" in err
@@ -171,18 +171,18 @@ def test_killed_and_resumed_gives_the_same_bytes(home, run, made, tmp_path, monk
         assert status == 2 and message in err
 
     status, _, err = run(*command(home, out, "--resume"))
-    assert status == 0 and "5 of them done before" in err and same_files(out, made)
+    assert status == 0 and "10 of them done before" in err and same_files(out, made)
 
 
 def test_methods_and_budgets_can_be_added_later(home, run, made, tmp_path):
     out = tmp_path / "out"
     assert run(*command(home, out, "--methods", "snapkv", "--budgets", "0.2"))[0] == 0
     status, _, err = run(*command(home, out, "--resume"))
-    assert status == 0 and "6 of them done before" in err and same_files(out, made)
+    assert status == 0 and "12 of them done before" in err and same_files(out, made)
     # With another profile under the same name, what it gave before is not taken for its results.
     PrefixProfile([0.2, 1.0], [[0.2] * 3, [1.0] * 3]).save(tmp_path / "p.safetensors")
     status, _, err = run(*command(home, out, "--resume", "--profile", tmp_path / "p.safetensors"))
-    assert status == 0 and "21 of them done before" in err
+    assert status == 0 and "42 of them done before" in err
 
 
 def _one_of_two(rank, port, arguments):
@@ -238,9 +238,11 @@ def test_the_summary_says_what_the_table_says(made):
             name: np.mean([float(row[name]) for row in of_method]) for name in ("pairs", "pairs_end", "kl", "same")
         }
         line = next(line for line in part.splitlines() if line.startswith(f"| `{method}`"))
-        held, end, kl, ppl, same, _ = [cell.split()[0] for cell in line.split("|")[2:-1]]
-        tokens, nll = (sum(float(row[name]) for row in of_method) for name in ("answer_tokens", "nll"))
+        held, end, kl, ppl, agree, same, _ = [cell.split()[0] for cell in line.split("|")[2:-1]]
+        names = ("answer_tokens", "nll", "agree")
+        tokens, nll, first_choices = (sum(float(row[name]) for row in of_method) for name in names)
         assert (held, end) == (f"{means['pairs']:.1f}", f"{means['pairs_end']:.1f}")
+        assert agree == f"{first_choices / tokens:.3f}"
         assert (kl, same) == (f"{means['kl']:.4f}", f"{means['same']:.3f}")
         assert float(ppl) == pytest.approx(math.exp(nll / tokens), rel=1e-3)
         values[method] = means["kl"]

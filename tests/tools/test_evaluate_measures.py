@@ -184,8 +184,8 @@ def test_bootstrap_intervals_are_those_of_the_normal_distribution():
 def row(method="a", budget=0.5, **more):
     blank = {
         "sample": "s", "task": "t", "kind": "", "prompt_tokens": 100, "answer_tokens": 1, "nll": 1.0, "kl": 0.0,
-        "same": 1, "first_diff": None, "right": 1, "there": None, "stated": None, "hits": None, "pairs": 50.0,
-        "pairs_end": 60.0, "kept": 0.5, "kept_end": 0.55, "nbytes": 1,
+        "agree": 1, "same": 1, "first_diff": None, "right": 1, "there": None, "stated": None, "hits": None,
+        "pairs": 50.0, "pairs_end": 60.0, "kept": 0.5, "kept_end": 0.55, "nbytes": 1, "nbytes_end": 2,
     }  # fmt: skip
     return {**blank, "method": method, "budget": budget, **more}
 
@@ -212,7 +212,7 @@ def test_the_summary_marks_differences_and_unequal_memory():
     text = summary_text(tasks_of(rows, ["a", "b", "c"], [0.5, 50, 500], 0), "a", "title")
     fraction, pairs, all_of_them = text.split("\n### ")[1:]
     assert pairs.startswith("50 pairs") and "!" not in pairs + all_of_them
-    assert "| method | held | held at the end | kl | ppl | agreement | right |" in fraction
+    assert "| method | held | held at the end | kl | ppl | tokens | agreement | right |" in fraction
     assert "| `a` | 50.0 (50.0%) | 60.0 (55.0%) |" in fraction and "| `b` | 50.0 (50.4%) ! | 60.0 (55.0%) |" in fraction
     assert re.search(r"`b` \|.*\| 0.400 \[0.400, 0.400\] \* \|", fraction)
     assert re.search(r"`c` \|.*\| 0.000 \[-0.1\d+, 0.1\d+\] \|", fraction)
@@ -233,12 +233,13 @@ class Characters:
     """A processor whose tokens are characters, but `: ` and the letter behind it are one token."""
 
     chat_template = "yes"
+    tokenizer = property(lambda self: self)
     answers = "{asked} {answer}</s>"
 
     def __call__(self, text, add_special_tokens):
         return {"input_ids": re.findall(r": \w|.", text, flags=re.DOTALL)}
 
-    def apply_chat_template(self, messages, add_generation_prompt=False):
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=False):
         asked = f"USER: {messages[0]['content'][-1]['text']} ASSISTANT:"
         if add_generation_prompt:
             return asked

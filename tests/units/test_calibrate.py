@@ -17,6 +17,7 @@ from oracle import Oracle, Rule
 from prefixkv_cache import PrefixKVCache, PrefixProfile, calibrate, methods
 from prefixkv_cache.cache.compat import HOOKED_METHOD
 from prefixkv_cache.cache.guards import image_mask_of
+from prefixkv_cache.calibration import plan as plan_module
 from prefixkv_cache.calibration.measure import AnsweredPrompt, Cost
 from prefixkv_cache.calibration.observe import ObservedCache, Scores
 
@@ -24,7 +25,7 @@ GRID = (0.1, 0.2, 0.5, 1.0)
 LENGTHS = (61, 44, 40)
 PAPER = methods.PREFIXKV.replace(distance=None)
 METHODS = {
-    "default": methods.DEFAULT,
+    "default": methods.DEFAULT.replace(score="attention"),
     "prefixkv": PAPER,
     "window": PAPER.replace(queries=8),
     "max": PAPER.replace(queries=8, heads="max", pooling=5, value_norm=True),
@@ -35,6 +36,12 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 mass = functools.partial(calibrate, by="mass", budgets=GRID)
+
+
+@pytest.fixture(autouse=True)
+def a_short_descent(monkeypatch):
+    """Its law is in test_measure.py; here each sample is looked at once."""
+    monkeypatch.setattr(plan_module, "EACH", 1)
 
 
 def samples(family="llava_gqa", lengths=LENGTHS, dtype=torch.float64):
@@ -123,7 +130,11 @@ def test_every_method_has_a_profile_of_its_own():
 
 def test_the_method_is_the_caches_default_or_its_spelling():
     model = models.shared("llava_gqa")
-    assert calibrate(model, samples()[:1], by="mass", budgets=GRID).method == methods.DEFAULT == PrefixKVCache().method
+    assert calibrate(model, samples()[:1], by="mass", budgets=GRID).method == methods.PREFIXKV
+    own = calibrate(model, samples()[:1], by="reconstruction", budgets=GRID)
+    assert own.method == methods.DEFAULT == PrefixKVCache().method
+    with pytest.raises(ValueError, match="'default' scores places: take another method"):
+        calibrate(model, samples()[:1], by="mass", method="default", budgets=GRID)
     spelled = calibrate(model, samples()[:1], by="mass", budgets=GRID, method="snapkv:queries=9")
     assert spelled.method == methods.SNAPKV.replace(queries=9)
     assert spelled.metadata["method"] == spelled.method.spell(full=True)
@@ -199,7 +210,7 @@ def test_a_model_that_cannot_repeat_its_prompt_goes_without_reconstruction(monke
     model = models.shared("llava_gqa", "sdpa")
     with pytest.warns(UserWarning, match="reconstruction is left out: index out of range"):
         profile = calibrate(model, samples(), by="measured", budgets=[0.5])
-    assert profile.metadata["by"].split("/")[0] in ("mass", "loss")
+    assert not profile.metadata["by"].startswith("reconstruction")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"all samples failed \(3\); the last one: index out of range"):

@@ -11,6 +11,7 @@ import torch
 
 import models
 from prefixkv_cache import PrefixProfile, calibrate, methods
+from prefixkv_cache.calibration import plan as plan_module
 from prefixkv_cache.calibration.observe import UnobservedAttentionError, observe
 
 find_module, run_module = (importlib.import_module(f"prefixkv_cache.calibration.{name}") for name in ("find", "run"))
@@ -19,6 +20,12 @@ GRID = (0.1, 0.2, 0.5, 1.0)
 LENGTHS = (61, 44, 40)
 PAPER = methods.PREFIXKV
 mass = functools.partial(calibrate, by="mass", budgets=GRID)
+
+
+@pytest.fixture(autouse=True)
+def a_short_descent(monkeypatch):
+    """Its law is in test_measure.py; here each sample is looked at once."""
+    monkeypatch.setattr(plan_module, "EACH", 1)
 
 
 def samples():
@@ -199,9 +206,9 @@ def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
     ("changed", "field"),
     [
         ({"budgets": [0.5]}, "budgets"),
-        ({"method": "snapkv"}, "method"),
+        ({"method": "h2o"}, "method"),
         ({"by": "loss"}, "by"),
-        ({"unit": "head", "method": methods.DEFAULT}, "unit"),
+        ({"unit": "head"}, "unit"),
         ("weights", "weights"),
         ("family", "config"),
     ],
@@ -209,9 +216,9 @@ def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
 )
 def test_the_state_of_another_calibration_is_refused(tmp_path, changed, field):
     path = tmp_path / "state.json"
-    interrupted(path)
+    interrupted(path, method="snapkv")
     kept = path.read_bytes()
-    options = {"by": "mass", "budgets": GRID, **(changed if isinstance(changed, dict) else {})}
+    options = {"by": "mass", "budgets": GRID, "method": "snapkv", **(changed if isinstance(changed, dict) else {})}
     model = models.build("llava_mha" if changed == "family" else "llava_gqa")
     if changed == "weights":
         model.get_input_embeddings().weight.data[0, 0] += 1

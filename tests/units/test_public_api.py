@@ -75,7 +75,7 @@ def arguments(function):
 
 def test_what_the_contract_fixes():
     """Whatever the snapshot is made to say."""
-    names = ["method", "config", "image_mask", "max_new_tokens", "offloading", "max_bytes"]
+    names = ["method", "config", "image_mask", "max_new_tokens", "prune_sliding", "offloading", "max_bytes"]
     constructor = arguments(PrefixKVCache)
     assert constructor[:3] == ["profile=None", "budget=0.5", "*"]
     assert [part.partition("=")[0] for part in constructor[3:]] == names
@@ -92,7 +92,8 @@ def test_what_the_contract_fixes():
         assert hasattr(PrefixProfile, name)
     for name in ("DEFAULT", "PREFIXKV", "ELASTIC", "H2O", "STREAMING", "SNAPKV", "PYRAMIDKV", "UNIFORM", "RANDOM"):
         assert methods.NAMED[name.lower()] == getattr(methods, name)
-    assert set(COMMANDS) == {"demo", "generate", "calibrate", "inspect", "plot", "evaluate", "report", "bench"}
+    fixed = {"demo", "generate", "calibrate", "inspect", "plot", "evaluate", "report", "bench"}
+    assert set(COMMANDS) == fixed | {"compress", "recommend"}
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ prunes the layer. Here is only what ties them together, and what a user asks of 
 
 from __future__ import annotations
 
-import numbers
 import os
 import warnings
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,25 +20,38 @@ from ..methods import Method, resolve
 from ..profiles.profile import PrefixProfile, find_bundled
 from ..rules.checks import check_budget, check_integer
 from ..rules.importance import DEFAULT_MAX_BYTES
-from .architecture import PRUNABLE, cache_layers
+from .architecture import PRUNABLE, Sliding, cache_layers
+from .assisted import AssistedDecoding
+from .attended import AttendedByHook
 from .between import BetweenForwards
-from .call import AttentionCall
 from .compat import SEES_EAGER, empty_after_reset
 from .compress import CompressedCaches
-from .decode import eviction_policy
-from .guards import ModelFacts, check_image_mask, check_in_step, explain_unseen_layer, image_mask_of, refuse_eager
-from .hook import HandedOut, hand_out, hand_out_compiled, hold_hook
+from .decode import eviction_policy, window_policy
+from .guards import (
+    ModelFacts,
+    check_image_mask,
+    check_in_step,
+    check_profile_argument,
+    explain_unseen_layer,
+    image_mask_of,
+    refuse_eager,
+)
+from .hints import Hints
+from .hook import hand_out, hand_out_compiled, hold_hook
 from .layer import PrunedLayer
 from .lengths import LengthSource, length_source
-from .pipeline import importance_of_call, prune_after_attention, prune_ready
-from .prompt import Padding, Prompt, image_tokens
+from .loaded import name_of
+from .pipeline import prune_ready
+from .prompt import Padding
 from .quick_profile import quick_profile
 from .saved import SavedCaches
 from .segments import SegmentRule
 from .whole import WholeLayers, nbytes_of, positions_of, stored_by_head
 
 
-class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers, Cache):
+class PrefixKVCache(
+    Hints, BetweenForwards, AssistedDecoding, CompressedCaches, SavedCaches, WholeLayers, AttendedByHook, Cache
+):
     """A KV cache that prunes each decoder layer, right after the prompt, to lengths of its own.
 
     A drop-in for `DynamicCache`: `model.generate(**inputs, past_key_values=PrefixKVCache.for_model(model, 0.5))`.
@@ -65,6 +77,9 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         max_new_tokens: so many tokens will be generated after each prompt. All memory is then allocated once, at the
             prompt's end, and decode steps have fixed shapes and addresses, as `torch.compile` and CUDA graphs need them
             (docs/performance.md). None: memory grows as it is needed.
+        prune_sliding: whether layers with a sliding window are pruned, too, inside their window, in models that have
+            layers of full attention beside them. Where every layer slides, they are in any case. Needs the config, and
+            eager, sdpa or flex attention.
         offloading: keep the pairs of all layers but the current one and the next in CPU memory (CUDA only), as
             transformers' own caches do.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
@@ -83,6 +98,7 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         config: Any = None,
         image_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
+        prune_sliding: bool = False,
         offloading: bool = False,
         max_bytes: int = DEFAULT_MAX_BYTES,
     ):
@@ -91,8 +107,10 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         self.image_mask = image_mask
         self.max_new_tokens = None if max_new_tokens is None else check_integer("max_new_tokens", max_new_tokens, 1)
         self.max_bytes = check_integer("max_bytes", max_bytes, 1)
+        self._model_name = name_of(config)
         self._rule = _segment_rule(self.method, self.max_new_tokens, offloading)
-        self._facts = ModelFacts.of_config(config)
+        self._sliding = _sliding(prune_sliding, self.budget, config)
+        self._facts = ModelFacts.of_config(config, self._sliding)
         self._source: LengthSource | None = None
         self._use_facts()
         self._padding = Padding()
@@ -124,12 +142,14 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         """
         config = getattr(model, "config", None)
         if config is None:
-            raise TypeError(f"for_model takes the model itself, not its {type(model).__name__}: for_model(model, ...)")
+            cure = "where there is only its config: PrefixKVCache(budget=..., config=config)"
+            raise TypeError(f"for_model takes the model itself and got a {type(model).__name__}; {cure}")
         kwargs.setdefault("config", config)
         if inputs is not None:
             kwargs.setdefault("image_mask", image_mask_of(inputs, config))
         if "profile" not in kwargs:
-            prunable = sum(kind == PRUNABLE for kind, _ in cache_layers(config))
+            sliding = Sliding(bool(kwargs.get("prune_sliding")), True)
+            prunable = sum(kind == PRUNABLE for kind, _ in cache_layers(config, sliding))
             kwargs["profile"] = find_bundled(config, prunable)
             if kwargs["profile"] is None and calibrate_with is not None:
                 kwargs["profile"] = quick_profile(model, calibrate_with, cls(config=config).layers)
@@ -183,15 +203,6 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         """Bytes of the key and value tensors allocated, spare room included."""
         return sum(layer.nbytes if isinstance(layer, PrunedLayer) else nbytes_of(layer) for layer in self.layers)
 
-    def __repr__(self) -> str:
-        seen = int(self.get_seq_length())
-        stored = [length for length in self.stored_lengths() if length] or [0]
-        profile = "None" if self.profile is None else repr(self.profile.metadata.get("model", "unknown"))
-        return (
-            f"PrefixKVCache(profile={profile}, budget={self.budget!r}, method={self.method.spell()!r}, seen={seen}, "
-            f"stored={round(sum(stored) / len(stored))} a head, bytes={self.nbytes})"
-        )
-
     # What transformers calls.
 
     def update(
@@ -220,20 +231,24 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
+        if layer_idx == self._facts.first:
+            self._notice(key_states.shape[2], layer)
         if not isinstance(layer, PrunedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer.prompt is not None:
-            self._settle(layer_idx)
+            self._settle_prompts(layer_idx)
         if layer.planned and torch.compiler.is_compiling():
             keys, values = layer.update(key_states, value_states)
             return hand_out_compiled(keys, layer.take_shown()), values
         if not layer.planned or key_states.shape[2] > 1:
             check_in_step(self.layers[self._facts.first], layer, layer_idx, key_states.shape[2])
+        first = layer is self.layers[self._facts.first]
+        layer.n_candidates = n = self._count_candidates(layer, key_states.shape[2]) if first else self._n_candidates
         if self.offloading:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         else:
             keys, values = layer.update(key_states, value_states)
-        return hand_out(keys, self, layer_idx, layer.take_shown()), values
+        return hand_out(keys, self, layer_idx, layer.take_shown(), n if layer.prompt is not None else 0), values
 
     def reset(self) -> None:
         """Forget all pairs, and the image mask, which was that prompt's; ready for another, unrelated prompt."""
@@ -249,66 +264,36 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         """Copies and pickles hold the hook themselves, from their first update on."""
         return {**self.__dict__, "_holds_hook": False, "_padding": Padding()}
 
-    # What the attention hook calls.
-
-    def watches(self, handed: HandedOut) -> bool:
-        """Whether this call is a prompt's, or the eviction policy counts what it gives."""
-        return self._rule.counts_received or self._waiting_prompt(handed) is not None
-
-    def before_attention(self, handed: HandedOut, call: AttentionCall) -> None:
-        """Read off a prompt's mask, in logical columns, which tokens are padding; learn the model."""
-        prompt = self._waiting_prompt(handed)
-        if prompt is None:
-            return
-        if self._facts.check_module(getattr(call.module, "config", None)):
-            self._use_facts()
-        prompt.valid, prompt.lengths = self._padding.of_prompt(call.mask, call.query.shape[0], prompt.n_new)
-        if self.image_mask is not None:
-            seen = int(self.layers[handed.layer_idx].get_seq_length())
-            prompt.image = image_tokens(self.image_mask, prompt, seen)
-
-    def wants_log_sum_exp(self, handed: HandedOut) -> bool:
-        """Whether all queries of this call will be asked for."""
-        everything = "all" in (self.method.ranking.queries, self.method.ranking.context)
-        return everything and self.budget != 1.0 and self._waiting_prompt(handed) is not None
-
-    def after_attention(self, handed: HandedOut, calls: Sequence[AttentionCall]) -> None:
-        """Prune what can be pruned by now; count what pairs have received in a decode step."""
-        layer = self._pruned(handed.layer_idx)
-        if self._waiting_prompt(handed) is not None:
-            prune_after_attention(calls, layer, self._ready(layer), self.method, self._lengths(), self.max_bytes)
-        elif layer.prompt is None and layer.rule.counts_received:
-            for shown, call in zip(handed.shown, calls, strict=True):
-                if shown.segment is not None:
-                    shown.segment.add_received(importance_of_call(call, None, None, self.max_bytes), layer.seen)
-
-    def _waiting_prompt(self, handed: HandedOut) -> Prompt | None:
-        """The prompt of this layer, if its attention was not seen yet."""
-        prompt = self._pruned(handed.layer_idx).prompt
-        return None if prompt is None or prompt.attended else prompt
-
-    def _ready(self, layer: PrunedLayer) -> list[PrunedLayer]:
-        """The layers that are pruned when this one is scored: itself, or all where lengths wait for all."""
-        prompt, source = layer.prompt, self._lengths()
-        if not source.waits or (prompt is not None and source.keeps_all(layer.place, prompt.lengths)):
-            return [layer]
-        return self._waiting() if self._facts.is_last(layer.place) else []
-
     # Layers.
 
     def _first_layers(self, config: Any) -> list[Any]:
         if config is None:
             return []
-        kinds = cache_layers(config)
-        return [self._new_layer(index) if kind == PRUNABLE else whole for index, (kind, whole) in enumerate(kinds)]
+        kinds = cache_layers(config, self._sliding)
+        windows = {getattr(whole, "sliding_window", None) for kind, whole in kinds if kind == PRUNABLE}
+        if self.method.lengths.need_all_layers and self.profile is None and len(windows) > 1:
+            raise ValueError(
+                f"lengths={self.method.lengths.lengths!r} compares layers that see the whole prompt with those of a "
+                "window; take lengths='uniform' or a profile beside prune_sliding=True"
+            )
+        return [
+            self._new_layer(index, getattr(whole, "sliding_window", None)) if kind == PRUNABLE else whole
+            for index, (kind, whole) in enumerate(kinds)
+        ]
 
-    def _new_layer(self, layer_idx: int) -> PrunedLayer:
-        return PrunedLayer(self._rule, self._facts.place(layer_idx))
+    def _new_layer(self, layer_idx: int, window: int | None = None) -> PrunedLayer:
+        rule = self._rule
+        if window is not None:
+            rule = replace(rule, policy=window_policy(self.method, window), counts_received=False)
+        return PrunedLayer(rule, self._facts.place(layer_idx), window)
 
     def _use_facts(self) -> None:
         """Check the profile against what is known of the model, and make the source of lengths for it."""
         self._facts.check_profile(self.profile)
         self._source = length_source(self.method, self.profile, self.budget, self._facts.n_layers)
+
+    def _needs_all_layers(self) -> bool:
+        return self._lengths().waits
 
     def _lengths(self) -> LengthSource:
         assert self._source is not None, "made by the constructor and by reset()"
@@ -323,7 +308,7 @@ class PrefixKVCache(CompressedCaches, SavedCaches, BetweenForwards, WholeLayers,
         """Layers whose prompt is not pruned yet."""
         return [layer for layer in self.layers if isinstance(layer, PrunedLayer) and layer.prompt is not None]
 
-    def _settle(self, layer_idx: int | None = None) -> None:
+    def _settle_prompts(self, layer_idx: int | None = None) -> None:
         """Prune what still waits for the last layer; refuse to go on where the attention was never seen."""
         waiting = self._waiting()
         for layer in waiting:
@@ -345,6 +330,15 @@ def _check_budget(budget: Any) -> float | int:
     return checked
 
 
+def _sliding(prune_sliding: Any, budget: float | int, config: Any) -> Sliding:
+    if not isinstance(prune_sliding, bool):
+        raise TypeError(f"prune_sliding must be True or False; got {prune_sliding!r}")
+    if prune_sliding and config is None:
+        raise ValueError("prune_sliding=True needs the model's config: PrefixKVCache(..., config=model.config)")
+    everything = budget == 1.0 and type(budget) is float
+    return Sliding(prune_sliding and not everything, not everything)
+
+
 def _segment_rule(method: Method, max_new_tokens: int | None, offloading: bool) -> SegmentRule:
     counts_received = method.decode.evict == "least-important"
     if max_new_tokens is not None and (offloading or counts_received):
@@ -358,8 +352,5 @@ def _segment_rule(method: Method, max_new_tokens: int | None, offloading: bool) 
 
 
 def _load_profile(profile: Any) -> PrefixProfile | None:
-    if profile is None or isinstance(profile, PrefixProfile):
-        return profile
-    if isinstance(profile, numbers.Real):
-        raise TypeError(f"profile is {profile!r}; the budget is the second argument: PrefixKVCache(budget={profile!r})")
-    return PrefixProfile.load(profile)
+    check_profile_argument(profile)
+    return profile if profile is None or isinstance(profile, PrefixProfile) else PrefixProfile.load(profile)

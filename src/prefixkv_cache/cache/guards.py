@@ -5,21 +5,27 @@ A config tells it at construction; without one, the attention module's own confi
 
 from __future__ import annotations
 
+import numbers
+import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..profiles.profile import PrefixProfile, ProfileError
-from .architecture import PRUNABLE, cache_layers, kv_heads, whole_layer_kinds
+from ..profiles.file import SUFFIX, ProfileError
+from ..profiles.profile import PrefixProfile
+from .architecture import PRUNABLE, SLIDING, Sliding, cache_layers, count_sliding, kv_heads, whole_layer_kinds
 from .compat import explain_unseen
 
 
 @dataclass(frozen=True)
 class _Facts:
     prunable: tuple[int, ...]
+    n_sliding: int  # further layers that a profile may speak of: with a window, where nothing is pruned
     n_heads: int | None
     depth: int | None
 
@@ -40,7 +46,7 @@ class ModelFacts:
         return cls(None, False)
 
     @classmethod
-    def of_config(cls, config: Any) -> ModelFacts:
+    def of_config(cls, config: Any, sliding: Sliding) -> ModelFacts:
         """What a config says; None: nothing is known yet.
 
         Raises:
@@ -50,7 +56,7 @@ class ModelFacts:
             return cls.unknown()
         if isinstance(config, torch.nn.Module):
             raise TypeError(f"config is a model ({type(config).__name__}); pass its config: config=model.config")
-        return cls(_read(config), True)
+        return cls(_read(config, sliding), True)
 
     @property
     def n_layers(self) -> int:
@@ -59,8 +65,8 @@ class ModelFacts:
 
     @property
     def first(self) -> int:
-        """Index of the first prunable layer."""
-        return self._facts.prunable[0] if self._facts is not None else 0
+        """Index of the first prunable layer; -1: there is none."""
+        return 0 if self._facts is None else next(iter(self._facts.prunable), -1)
 
     def place(self, layer_idx: int) -> int:
         """Which one of the prunable layers this is."""
@@ -71,8 +77,12 @@ class ModelFacts:
         """Whether this is the last prunable layer, as far as is known."""
         return self._facts is not None and place == len(self._facts.prunable) - 1
 
-    def check_module(self, config: Any) -> bool:
+    def check_module(self, config: Any, everything: bool = False) -> bool:
         """Hold the config of an attention module against what is known; learn from it where nothing is.
+
+        Args:
+            config: of the attention module.
+            everything: whether nothing will be pruned, so that layers with a window need not be told from others.
 
         Returns:
             Whether anything was learned.
@@ -91,6 +101,8 @@ class ModelFacts:
         if config is None or not hasattr(config, "get_text_config") or not hasattr(config, "num_hidden_layers"):
             return False
         others = whole_layer_kinds(config)
+        if everything and others == [SLIDING]:
+            return False
         if others:
             raise ValueError(
                 f"{config.model_type} has layers that are left whole ({', '.join(others)}); "
@@ -122,7 +134,7 @@ class ModelFacts:
         """
         if profile is None or self._facts is None:
             return
-        if profile.n_layers != self.n_layers:
+        if profile.n_layers not in (self.n_layers, self.n_layers + self._facts.n_sliding):
             raise _wrong_depth(profile, str(self.n_layers))
         if profile.n_heads in (1, self._facts.n_heads):
             return
@@ -150,10 +162,11 @@ class ModelFacts:
             )
 
 
-def _read(config: Any) -> _Facts:
-    prunable = tuple(index for index, (kind, _) in enumerate(cache_layers(config)) if kind == PRUNABLE)
+def _read(config: Any, sliding: Sliding | None = None) -> _Facts:
+    prunable = tuple(index for index, (kind, _) in enumerate(cache_layers(config, sliding)) if kind == PRUNABLE)
+    n_sliding = 0 if sliding is None or sliding.alone else count_sliding(config)
     text = config.get_text_config(decoder=True)
-    return _Facts(prunable, kv_heads(text), getattr(text, "num_hidden_layers", None))
+    return _Facts(prunable, n_sliding, kv_heads(text), getattr(text, "num_hidden_layers", None))
 
 
 def _wrong_depth(profile: PrefixProfile, found: str) -> ProfileError:
@@ -183,6 +196,31 @@ def check_in_step(first: Any, layer: Any, layer_idx: int, n_new: int) -> None:
         )
 
 
+def check_profile_argument(profile: Any) -> None:
+    """Refuse what is given in the place of a profile by mistake.
+
+    Raises:
+        TypeError: a budget, a model, or a config; says where that belongs.
+        ProfileError: the name of a repository on the hub, or a folder.
+    """
+    kind = type(profile).__name__
+    if isinstance(profile, numbers.Real):
+        raise TypeError(f"profile is {profile!r}; the budget is the second argument: PrefixKVCache(budget={profile!r})")
+    if isinstance(profile, torch.nn.Module):
+        raise TypeError(f"profile is a model ({kind}); write PrefixKVCache.for_model(model, budget)")
+    if hasattr(profile, "get_text_config"):
+        raise TypeError(f"profile is a config ({kind}); write PrefixKVCache(budget=..., config=model.config)")
+    if isinstance(profile, str) and not profile.endswith(SUFFIX):
+        cure = f"PrefixProfile.from_pretrained({profile!r}) reads the one beside a model"
+        if os.path.isdir(profile):
+            raise ProfileError(f"profile is {profile!r}, a folder; {cure}")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", profile) and not os.path.exists(profile):
+            raise ProfileError(
+                f"profile is {profile!r}, and there is no such file. If this is a model on the hub: "
+                f"PrefixKVCache.for_model(model, budget) needs no profile, and {cure}, if there is one"
+            )
+
+
 def check_image_mask(mask: Any) -> Tensor | None:
     """The mask, or a TypeError or ValueError that says what it must be."""
     if mask is None:
@@ -202,6 +240,8 @@ def image_mask_of(inputs: Any, config: Any) -> Tensor | None:
     tokens = [token for name in names if isinstance(token := getattr(config, name, None), int)]
     if not tokens:
         return None
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; give what the processor made of the prompt")
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError(

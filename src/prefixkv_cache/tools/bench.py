@@ -12,11 +12,20 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from .arguments import add_cache, add_model, add_prompt, budgets, cache_options, load, positive, read_prompt
+
+# Of the table: figure, head, unit, digits, ratio.
+_COLUMNS = (
+    ("prompt_ms", "prompt, ms", 1, 1, "prompt_ratio"),
+    ("token_ms", "token, ms", 1, 2, "token_ratio"),
+    ("kv_prompt_bytes", "KV prompt, MiB", 2**20, 2, "kv_prompt_ratio"),
+    ("kv_bytes", "KV answer, MiB", 2**20, 2, "kv_ratio"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     rows = measure(model, inputs, _caches(model, inputs, arguments.budgets, options), arguments)
     tokens = inputs["input_ids"].shape[1]
     print(f"{arguments.batch_size} x ({tokens} + {arguments.new_tokens}) tokens, {model.dtype}, {model.device}")
-    print(f"{'budget':>8} {'prompt, ms':>12} {'':>6} {'token, ms':>10} {'':>6} {'KV, MiB':>10} {'':>6}")
+    print(f"{'budget':>8}" + "".join(f" {head:>15} {'':>6}" for _, head, *_ in _COLUMNS))
     for row in rows:
-        print(
-            f"{row['budget']:>8} {row['prompt_ms']:>12.1f} {row['prompt_ratio']:>5.2f}x {row['token_ms']:>10.2f} "
-            f"{row['token_ratio']:>5.2f}x {row['kv_bytes'] / 2**20:>10.2f} {row['kv_ratio']:>5.2f}x"
-        )
+        cells = (f" {row[name] / unit:>15.{digits}f} {row[ratio]:>5.2f}x" for name, _, unit, digits, ratio in _COLUMNS)
+        print(f"{row['budget']:>8}" + "".join(cells))
     if arguments.json:
         print(json.dumps({"batch": arguments.batch_size, "tokens": tokens, "rows": rows}))
 
@@ -96,8 +103,8 @@ def measure(
         arguments: `new_tokens` behind the first, and `turns`.
 
     Returns:
-        A dict for each cache: `budget` (its name), `prompt_ms`, `token_ms`, `kv_bytes` (at the end), and the ratios of
-        these to the first cache's.
+        A dict for each cache: `budget` (its name), `prompt_ms`, `token_ms`, `kv_prompt_bytes` and `kv_bytes` (at the
+        prompt's end, and at the answer's), and the ratios of these to the first cache's.
     """
     from .answer import cache_bytes
 
@@ -111,28 +118,53 @@ def measure(
 
     whole = 1 + arguments.new_tokens
     calls = {(name, n): partial(generate, name, n) for name in made for n in (1, whole)}
-    times = take_turns(calls, arguments.turns)
+    with _progress(len(calls) * (WARM_UP + arguments.turns)) as say:
+        times = take_turns(calls, arguments.turns, before=lambda call: say(f"{call[0]}, {call[1]} tokens"))
     rows: list[dict[str, Any]] = []
     for name in made:
         first, all_of_them = (statistics.median(wall for wall, _ in times[name, n]) for n in (1, whole))
         rest = max(all_of_them - first, 0.0) / arguments.new_tokens
-        rows.append({"budget": name, "prompt_ms": 1e3 * first, "token_ms": 1e3 * rest, "kv_bytes": held[name, whole]})
+        kv = {"kv_prompt_bytes": held[name, 1], "kv_bytes": held[name, whole]}
+        rows.append({"budget": name, "prompt_ms": 1e3 * first, "token_ms": 1e3 * rest, **kv})
     for row in rows:
-        for of, ratio in (("prompt_ms", "prompt_ratio"), ("token_ms", "token_ratio"), ("kv_bytes", "kv_ratio")):
+        for of, *_, ratio in _COLUMNS:
             row[ratio] = row[of] / rows[0][of] if rows[0][of] else float("nan")
     return rows
 
 
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that says what is being timed; yields what to call before each call."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="call", file=sys.stderr, leave=False) as bar:
+        bar.n = -1  # counted when the next one begins
+
+        def say(name: str) -> None:
+            bar.set_description_str(f"timing {name}", refresh=False)
+            bar.update(1)
+
+        yield say
+
+
 # Timing.
 
+WARM_UP = 1
 
-def take_turns(calls: Mapping[Any, Callable[[], object]], turns: int, warm_up: int = 1) -> dict[Any, Any]:
+
+def take_turns(
+    calls: Mapping[Any, Callable[[], object]],
+    turns: int,
+    warm_up: int = WARM_UP,
+    before: Callable[[Any], object] = lambda name: None,
+) -> dict[Any, Any]:
     """(wall, processor) seconds of every call in each of `turns` rounds; every second round goes backwards.
 
     Args:
         calls: by name.
         turns: rounds that are timed.
         warm_up: rounds before them that are not.
+        before: called with the name of each call before it.
 
     Returns:
         list of (float, float) for each name.
@@ -140,6 +172,7 @@ def take_turns(calls: Mapping[Any, Callable[[], object]], turns: int, warm_up: i
     times: dict[Any, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(warm_up + turns):
         for name in list(calls) if turn % 2 == 0 else reversed(list(calls)):
+            before(name)
             synchronize()
             wall, processor = time.perf_counter(), time.process_time()
             calls[name]()

@@ -11,11 +11,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..profiles.files import write_atomically
 from .arguments import budgets as read_budgets
+from .arguments import out_path, write_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,9 +189,7 @@ def plot_profiles(
         ValueError: a suffix that cannot be drawn, or a budget that is no fraction in (0, 1].
         OSError: the picture cannot be written.
     """
-    path = Path(out)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"--out is {os.fspath(out)!r}; a picture's name ends in {', '.join(PICTURE_SUFFIXES)}")
+    path = out_path(os.fspath(out), "a picture", *PICTURE_SUFFIXES)
     ratios = {name: _ratios(profile, budgets) for name, profile in profiles.items()}
     try:
         from matplotlib.figure import Figure
@@ -211,7 +208,7 @@ def plot_profiles(
             _draw_map(panel, budget, keep)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=160, format=path.suffix[1:].lower())
-    write_atomically(path, picture.getvalue())
+    write_out(path, picture.getvalue())
 
 
 def _draw_lines(panel: Any, name: str, profile: PrefixProfile, ratios: Mapping[float, Tensor]) -> None:

@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 from ...cache.cache import PrefixKVCache
 from ...methods import PREFIXKV, Method
 from ...profiles.bundled import bundled_dir
-from ...profiles.files import write_atomically
 from ..answer import Answer, answer, kept_columns
+from ..arguments import out_path, write_out
 from ..loading import image_positions, load_model, prepare
 from . import scenes
 from .picture import KeptMap, draw_kept
@@ -65,9 +65,7 @@ def run_demo(seed: int, out: str, model_name: str | None = None, method: str | N
         ValueError: no such method, or a picture's name that does not end in .png.
     """
     torch.set_num_threads(threads)
-    target = Path(out)
-    if target.suffix.lower() != ".png":
-        raise ValueError(f"--out must be a .png file; got {out!r}")
+    target = out_path(out, "a picture", ".png")
     more = None if method is None else Method.parse(method)
     folder = Path(model_name) if model_name else bundled_dir("models") / MODEL
     if not folder.is_dir():
@@ -88,10 +86,9 @@ def run_demo(seed: int, out: str, model_name: str | None = None, method: str | N
             for pair in zip(settings, results, strict=True)
         ]
         _print_table(request, settings, results, ends)
-    target.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     _picture(model, processor, requests[0], settings[1:]).save(content, format="PNG")
-    write_atomically(target, content.getvalue())
+    write_out(target, content.getvalue())
     print(f"\nwhat was kept: {target} ({_since(started)} in all)")
 
 

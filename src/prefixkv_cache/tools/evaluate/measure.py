@@ -6,7 +6,7 @@ continuation of a prompt run side by side as rows of one batch, so that each cac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,9 @@ class Batch:
         processor: of the model.
         samples: at least one.
 
+    Attributes:
+        progress: called while a cache answers, with the number of answers that have ended.
+
     Raises:
         LoadError: a picture cannot be read.
     """
@@ -61,6 +64,7 @@ class Batch:
         self._pad: int = pad if pad is not None else self._eos[0] if self._eos else 0
         self._answers = [_answer_ids(processor, sample) for sample in samples]
         self._full: _Run | None = None
+        self.progress: Callable[[int], None] = lambda ended: None
 
     def full(self) -> list[Row]:
         """Measure the full cache."""
@@ -85,7 +89,7 @@ class Batch:
 
     def _run(self, cache: Cache, reference: Sequence[Tensor] | None) -> _Run:
         forced, greedy = Forced(self._answers, self._pad, reference, self.model.device), self._greedy()
-        held = write(TokenLoop(self.model, self.inputs, cache), [forced, greedy])
+        held = write(TokenLoop(self.model, self.inputs, cache), [forced, greedy], self.progress)
         return _Run(forced, greedy.texts, held)
 
     def _greedy(self) -> Greedy:
@@ -102,11 +106,13 @@ class Batch:
             rows.append({
                 "sample": sample.id, "task": sample.task, "kind": sample.kind, "method": method, "budget": budget,
                 "prompt_tokens": n_prompt, "answer_tokens": n_answer, "nll": run.forced.nll[index].item(),
-                "kl": run.forced.kl[index].item() / n_answer, "same": int(differs is None), "first_diff": differs,
+                "kl": run.forced.kl[index].item() / n_answer,
+                "agree": n_answer if run is full else run.forced.agree[index].item(),
+                "same": int(differs is None), "first_diff": differs,
                 **sample.mark(texts[index])._asdict(),
                 "pairs": pairs, "pairs_end": pairs_end, "kept": pairs / n_prompt,
                 "kept_end": pairs_end / held.seen_end[index].item(), "nbytes": round(held.nbytes / len(self.samples)),
-                "text": texts[index],
+                "nbytes_end": held.nbytes_end[index].item(), "text": texts[index],
             })  # fmt: skip
         return rows
 

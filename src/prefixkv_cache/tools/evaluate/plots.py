@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import write_out
 from .report import Figure, Task
 
 _MARKERS = "osD^v<>Pp*Xhd8"
@@ -37,7 +39,9 @@ def draw_all(tasks: Sequence[Task], folder: Path) -> list[Path]:
         canvas.suptitle(f"{task.name} ({len(task.full)} samples)", fontsize=10, parse_math=False)
         canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
         paths.append(folder / ((re.sub(r"[^\w.-]+", "-", task.name) or "task") + ".png"))
-        canvas.savefig(paths[-1], dpi=120)
+        picture = io.BytesIO()
+        canvas.savefig(picture, dpi=120, format="png")
+        write_out(paths[-1], picture.getvalue())
     return paths
 
 

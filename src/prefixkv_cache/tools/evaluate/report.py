@@ -19,8 +19,9 @@ from .methods import FULL
 from .statistics import Bootstrap, Estimate, estimate
 
 COLUMNS = (
-    "sample", "task", "kind", "method", "budget", "prompt_tokens", "answer_tokens", "nll", "ppl", "kl", "same",
+    "sample", "task", "kind", "method", "budget", "prompt_tokens", "answer_tokens", "nll", "ppl", "kl", "agree", "same",
     "first_diff", "right", "there", "stated", "hits", "pairs", "pairs_end", "kept", "kept_end", "nbytes",
+    "nbytes_end",
 )  # fmt: skip
 TOLERANCE = 0.005
 """Methods are compared at the same number of pairs: as far as this from the budget, as a share of it."""
@@ -64,6 +65,7 @@ class Figure:
 FIGURES = (
     Figure("kl", "KL divergence from the full cache, nats a token", "kl", digits=4),
     Figure("ppl", "perplexity of the answers", "nll", "answer_tokens"),
+    Figure("tokens", "share of the tokens that both caches hold most likely", "agree", "answer_tokens"),
     Figure("agreement", "share of texts equal to the full cache's", "same"),
     Figure("right", "share of answers that are right as a whole", "right"),
     Figure("precision", "share of the stated objects that are there", "hits", "stated"),

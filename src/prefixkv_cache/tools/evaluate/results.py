@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ...calibration.state import check_fingerprint
 
-_HEAD = {"format": "prefixkv-evaluation", "format_version": 2}
+_HEAD = {"format": "prefixkv-evaluation", "format_version": 3}
 
 
 class Unit(NamedTuple):
@@ -45,8 +45,11 @@ class Results:
         """Take in a unit, and append it to the file of this process."""
         self.units[unit] = rows
         head = "" if self._own.exists() else json.dumps({**_HEAD, "fingerprint": self._fingerprint})
-        with self._own.open("a", encoding="utf-8") as file:  # the line's end comes first: one cut short stays alone
-            file.write(head + "\n" + json.dumps({**unit._asdict(), "rows": rows}))
+        try:
+            with self._own.open("a", encoding="utf-8") as file:  # the line's end comes first: one cut short stays alone
+                file.write(head + "\n" + json.dumps({**unit._asdict(), "rows": rows}))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(self._own)) from error
 
     def read(self) -> None:
         """Take in what all files of the folder hold.

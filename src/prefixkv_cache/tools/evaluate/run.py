@@ -14,7 +14,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ from typing import Any
 from ...calibration.processes import Processes, Report, join_processes
 from ...calibration.state import fingerprint_model
 from ...profiles.files import write_atomically
-from ..arguments import load
-from .drawn import DRAWN, SPLITS, TASKS
+from ..arguments import load, out_folder
 from .measure import Batch, Row, check_memory
 from .methods import FULL, Candidate, parse_candidates
 from .plots import draw_all, have_matplotlib
 from .report import csv_text, summary_text, tasks_of
 from .results import Results, Unit
-from .tasks import DEFAULT_DRAWN, Sample, drawn_samples, file_samples
+from .tasks import Sample, read_samples
 
 TABLE, SUMMARY, RUN = "results.csv", "summary.md", "run.json"
 _PACKAGES = ("prefixkv-cache", "torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -43,9 +42,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     """
     candidates = parse_candidates(arguments.methods, arguments.profile)
     reference = _check_reference(arguments.reference, candidates)
-    samples = _read_samples(arguments)
+    samples = read_samples(arguments)
     out = _check_out(arguments.out, arguments.resume)
-    batches = _batches(samples, arguments.batch_size)
+    batches = batches_of(samples, arguments.batch_size)
     with join_processes(arguments) as processes:
         report = Report(processes, "evaluating")
         report.say(f"loading {arguments.model}")
@@ -53,13 +52,17 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         check_memory(model, processor, batches)
         wanted = _units(len(batches), candidates, arguments.budgets, model)
         results = _open_results(out, _fingerprint(model, samples, arguments), processes, arguments.resume)
-        done = sum(unit in results.units for unit in wanted)
-        report.say(f"evaluating {len(samples)} samples, {len(wanted)} units of work, {done} of them done before")
+        total, done = (
+            _answers(units, batches) for units in (wanted, [unit for unit in wanted if unit in results.units])
+        )
+        report.say(f"evaluating {len(samples)} samples: {total} answers, {done} of them done before")
         started = time.monotonic()
         try:
-            _measure(lambda index: Batch(model, processor, batches[index]), candidates, wanted, results, report)
+            _measure(model, processor, batches, candidates, wanted, results, report)
         except KeyboardInterrupt:
-            report.write(f"prefixkv evaluate: {len(results.units)} units are kept; go on with --resume")
+            kept = _answers(results.units, batches)
+            said = f"{kept} answers are kept in {out}; go on with --resume" if kept else "nothing is kept yet"
+            report.write(f"prefixkv evaluate: {said}")
             raise
         processes.wait()
         if processes.rank == 0:
@@ -71,7 +74,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             write_atomically(out / TABLE, csv_text(rows))
             write_atomically(out / SUMMARY, summary_text(tasks, reference, title))
             write_atomically(out / RUN, json.dumps(run, indent=2) + "\n")
-            none = "no drawings (they need matplotlib: the extra plot)"
+            none = "no drawings (they need matplotlib: pip install '.[plot]' in a checkout)"
             drawn = f"{len(draw_all(tasks, out))} drawings" if have_matplotlib() else none
             print(f"{out}: {len(rows)} rows in {TABLE}, {SUMMARY}, {RUN}, {drawn}")
 
@@ -87,40 +90,16 @@ def _check_reference(name: str | None, candidates: Sequence[Candidate]) -> str:
 
 
 def _check_out(text: str, resume: bool) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out is {text!r}, which is a file; give a folder")
+    path = out_folder(text)
     if path.is_dir() and any(path.iterdir()) and not resume:
         raise ValueError(f"--out is {text!r}, which is not empty; give another folder, or --resume to go on with it")
     return path
 
 
-def _read_samples(arguments: argparse.Namespace) -> list[Sample]:
-    drawn = arguments.data in DRAWN
-    refused = ("images", "prompt") if drawn else ("task", "split", "kinds")
-    for option in refused:
-        if getattr(arguments, option) is not None:
-            where = "data files" if drawn else f"the drawn tasks ({', '.join(DRAWN)})"
-            raise ValueError(f"--{option} is for {where}, not for --data {arguments.data}")
-    if not drawn:
-        return file_samples(
-            arguments.data, arguments.images, arguments.prompt, n=arguments.samples, seed=arguments.seed,
-            limit=arguments.max_new_tokens,
-        )  # fmt: skip
-    return drawn_samples(
-        arguments.data,
-        split=arguments.split or SPLITS[0],
-        n=arguments.samples or DEFAULT_DRAWN,
-        tasks=TASKS if arguments.task is None else (arguments.task,),
-        kinds=None if arguments.kinds is None else [kind.strip() for kind in arguments.kinds.split(",")],
-        limit=arguments.max_new_tokens,
-    )
-
-
 # What is measured, and by whom.
 
 
-def _batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+def batches_of(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     """Batches of one task each, in the samples' order."""
     batches = []
     for _, of_task in itertools.groupby(samples, lambda sample: sample.task):
@@ -139,8 +118,15 @@ def _units(n_batches: int, candidates: Sequence[Candidate], budgets: Sequence[fl
     return [Unit(batch, *cell) for batch in range(n_batches) for cell in cells]
 
 
+def _answers(units: Iterable[Unit], batches: Sequence[Sequence[Sample]]) -> int:
+    """How many answers these units are."""
+    return sum(len(batches[unit.batch]) for unit in units)
+
+
 def _measure(
-    make: Callable[[int], Batch],
+    model: Any,
+    processor: Any,
+    batches: Sequence[Sequence[Sample]],
     candidates: Sequence[Candidate],
     wanted: Sequence[Unit],
     results: Results,
@@ -150,14 +136,15 @@ def _measure(
     rank, count = report.processes.rank, report.processes.count
     todo = [unit for unit in wanted if unit not in results.units and unit.batch % count == rank]
     named = {candidate.name: candidate for candidate in candidates}
-    with report.bar(len(todo)) as progress:
+    with report.bar(_answers(todo, batches), "answer") as progress:
         done = 0
         for index, units in itertools.groupby(todo, lambda unit: unit.batch):
-            batch = make(index)
+            batch = Batch(model, processor, batches[index])
             for unit in units:
+                batch.progress = lambda ended, done=done: progress(done + ended)
                 full = unit.method == FULL
                 results.add(unit, batch.full() if full else batch.candidate(named[unit.method], unit.budget))
-                progress(done := done + 1)
+                progress(done := done + len(batches[index]))
 
 
 def _open_results(out: Path, fingerprint: Mapping[str, Any], processes: Processes, resume: bool) -> Results:

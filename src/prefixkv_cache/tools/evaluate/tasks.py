@@ -6,6 +6,7 @@ are made from seeds, so their held-out splits need no file. Knows no model.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import random
 import re
@@ -18,7 +19,7 @@ from PIL import Image
 
 from ..data import DataError, Record, read_records
 from ..loading import open_image
-from .drawn import DRAWN, TASKS
+from .drawn import DRAWN, SPLITS, TASKS
 
 DEFAULT_DRAWN = 100
 
@@ -67,6 +68,33 @@ class Sample:
     answer: str | None
     mark: Callable[[str], Marks]
     limit: int
+
+
+def read_samples(arguments: argparse.Namespace) -> list[Sample]:
+    """What `--data` and the options beside it ask for.
+
+    Raises:
+        ValueError, DataError: they do not go together, or there is no such data.
+    """
+    drawn = arguments.data in DRAWN
+    refused = ("images", "prompt") if drawn else ("task", "split", "kinds")
+    for option in refused:
+        if getattr(arguments, option) is not None:
+            where = "data files" if drawn else f"the drawn tasks ({', '.join(DRAWN)})"
+            raise ValueError(f"--{option} is for {where}, not for --data {arguments.data}")
+    if not drawn:
+        return file_samples(
+            arguments.data, arguments.images, arguments.prompt, n=arguments.samples, seed=arguments.seed,
+            limit=arguments.max_new_tokens,
+        )  # fmt: skip
+    return drawn_samples(
+        arguments.data,
+        split=arguments.split or SPLITS[0],
+        n=arguments.samples or DEFAULT_DRAWN,
+        tasks=TASKS if arguments.task is None else (arguments.task,),
+        kinds=None if arguments.kinds is None else [kind.strip() for kind in arguments.kinds.split(",")],
+        limit=arguments.max_new_tokens,
+    )
 
 
 def drawn_samples(

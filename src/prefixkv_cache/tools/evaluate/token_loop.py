@@ -7,7 +7,7 @@ comes next in a row is decided in token_sources.py; this module knows no answers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,24 +99,28 @@ class Held:
         pairs: float64 [rows], `TokenLoop.stored_pairs` after the prompt.
         pairs_end: the same when the row's answer ended.
         seen_end: int64 [rows], valid tokens fed by then.
+        nbytes_end: int64 [rows], a row's share of the bytes by then.
     """
 
     nbytes: int
     pairs: Tensor
     pairs_end: Tensor
     seen_end: Tensor
+    nbytes_end: Tensor
 
 
-def write(loop: TokenLoop, sources: Sequence[Any]) -> Held:
+def write(loop: TokenLoop, sources: Sequence[Any], progress: Callable[[int], None] = lambda ended: None) -> Held:
     """Let every token source go on from the same prompt, all in one batch: row i of source j is row i * n + j.
 
     Args:
         loop: fresh.
         sources: see token_sources.py; the end of an answer is that of the first one.
+        progress: called after each step with the number of rows in which all sources have ended.
     """
     logits = loop.read_prompt()
-    n = len(sources)
-    held = Held(cache_bytes(loop.cache), loop.stored_pairs(), loop.stored_pairs(), loop.valid.sum(1))
+    n, nbytes = len(sources), cache_bytes(loop.cache)
+    pairs, seen = loop.stored_pairs(), loop.valid.sum(1)
+    held = Held(nbytes, pairs, pairs.clone(), seen, torch.full_like(seen, nbytes // len(seen)))
     loop.repeat(n)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     of_sources = [logits] * n
@@ -126,8 +130,11 @@ def write(loop: TokenLoop, sources: Sequence[Any]) -> Held:
         if new.any():
             held.pairs_end[new] = loop.stored_pairs()[::n][new]
             held.seen_end[new] = loop.valid.sum(1)[::n][new]
+            held.nbytes_end[new] = cache_bytes(loop.cache) // len(loop.valid)
         ended = ended | new
-        if all(source.ended.all() for source in sources):
+        ended_in_all = torch.stack([source.ended for source in sources]).all(0)
+        progress(int(ended_in_all.sum()))
+        if ended_in_all.all():
             return held
         logits = loop.step(torch.stack(tokens, dim=1).flatten())
         of_sources = logits.unflatten(0, (-1, n)).unbind(1)

@@ -23,6 +23,7 @@ class Forced:
     Attributes:
         nll: float64 [rows], minus the sum of the log-probabilities of the answer so far.
         kl: float64 [rows], the sum over the steps so far of KL(reference || own); zeros without a reference.
+        agree: int64 [rows], in how many steps so far the reference holds the same token most likely; zeros without one.
         log_probs: one float32 [rows that go on, vocabulary] for each step, in CPU memory; empty with a reference.
     """
 
@@ -41,6 +42,7 @@ class Forced:
         self._step = 0
         self.nll = torch.zeros(len(answers), dtype=torch.float64, device=device)
         self.kl = torch.zeros_like(self.nll)
+        self.agree = torch.zeros_like(self.lengths)
         self.log_probs: list[Tensor] = []
 
     @property
@@ -58,7 +60,9 @@ class Forced:
             if self._reference is None:
                 self.log_probs.append(log_probs.cpu())
             else:
-                self.kl[going] += divergence(self._reference[self._step].to(logits.device), log_probs)
+                reference = self._reference[self._step].to(logits.device)
+                self.kl[going] += divergence(reference, log_probs)
+                self.agree[going] += (reference.argmax(-1) == log_probs.argmax(-1)).long()
         self._step += 1
         return tokens
 

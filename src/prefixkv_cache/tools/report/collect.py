@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from transformers import DynamicCache
 from ...cache.architecture import PRUNABLE, cache_layers
 from ...cache.cache import PrefixKVCache
 from ...calibration.calibrate import describe_model
-from ...calibration.observe import ObservedCache, Scores, check_observed
-from ...methods import Method, Ranking
+from ...calibration.observe import ObservedCache, Scores, check_observed, score_key
+from ...methods import Method, Ranking, resolve
 from ...rules.checks import check_budget
 from ...rules.importance import DEFAULT_MAX_BYTES
 from ..answer import Answer, answer, kept_columns
@@ -55,7 +54,6 @@ class Pruned:
             whose heads keep the same.
         mass: for each prunable layer, the share of the attention that the kept ones received, mean over its heads.
         answer: what was generated.
-        agrees: how many characters the answer has in common with the full cache's, from its beginning.
     """
 
     budget: float | int
@@ -63,7 +61,6 @@ class Pruned:
     kept: list[list[list[int]]]
     mass: list[float]
     answer: Answer
-    agrees: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,8 @@ class Report:
         n_whole: how many other layers there are, which are left whole.
         full: what the model says with the full cache.
         pruned: for each budget, falling.
+        beside: a second method, shown beside the first; None: there is none.
+        others: what it kept, for each budget, falling.
     """
 
     model: str
@@ -95,6 +94,8 @@ class Report:
     n_whole: int
     full: Answer
     pruned: list[Pruned]
+    beside: Method | None = None
+    others: Sequence[Pruned] = ()
 
 
 def collect_report(
@@ -105,6 +106,7 @@ def collect_report(
     budgets: Sequence[float | int],
     *,
     max_new_tokens: int = 128,
+    beside: Method | str | None = None,
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Report:
@@ -117,6 +119,7 @@ def collect_report(
         pictures: (name, picture), in order.
         budgets: fractions kept, in (0, 1], or numbers of pairs a head.
         max_new_tokens: of each answer.
+        beside: a second method that is shown at the same budgets, without a profile.
         say: called with each step's name.
         options: further arguments of `PrefixKVCache.for_model`, such as `profile` and `method`.
 
@@ -127,22 +130,16 @@ def collect_report(
     inputs = prepare(processor, [(prompt, [picture for _, picture in pictures])], model.device)
     ids = inputs["input_ids"][0].tolist()
     ratios = _ratios(budgets, len(ids))
+    second = None if beside is None else resolve(beside)
     say("observing the prompt's attention")
     cache = PrefixKVCache.for_model(model, **options)
     attention = _attention(model, processor, inputs, cache.method)
+    layers, n_whole = _prunable_layers(model.config)
+    question = _Question(model, processor, inputs, layers, attention, max_new_tokens, say)
     say("answering with the full cache")
     full = answer(model, processor, inputs, DynamicCache(config=model.config), max_new_tokens)
-    layers, n_whole = _prunable_layers(model.config)
-
-    def ask(budget: float | int) -> Pruned:
-        say(f"answering with budget {budget:g}")
-        cache = PrefixKVCache.for_model(model, budget, inputs=inputs, **options)
-        look = partial(_kept, cache, layers)
-        said = answer(model, processor, inputs, cache, max_new_tokens, look=look)
-        mass = [_mass(of_layer, kept) for of_layer, kept in zip(attention, said.looked, strict=True)]
-        return Pruned(budget, ratios[budget], said.looked, mass, said, _common_start(said.text, full.text))
-
-    pruned = [ask(budget) for budget in sorted(ratios, key=lambda each: ratios[each], reverse=True)]
+    pruned = [question.ask(budget, ratios[budget], **options) for budget in ratios]
+    others = [question.ask(budget, ratios[budget], method=second, profile=None) for budget in ratios if second]
     image_columns = image_positions(inputs, model.config)[0]
     return Report(
         model=describe_model(model)["model"],
@@ -156,7 +153,31 @@ def collect_report(
         n_whole=n_whole,
         full=full,
         pruned=pruned,
+        beside=second,
+        others=others,
     )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A prepared prompt, the share of the attention that its keys receive by layer, and whom to ask."""
+
+    model: Any
+    processor: Any
+    inputs: Any
+    layers: Sequence[int]
+    attention: Sequence[Tensor]
+    max_new_tokens: int
+    say: Callable[[str], None]
+
+    def ask(self, budget: float | int, ratio: float, **options: Any) -> Pruned:
+        """Answer with one budget, and look at the cache at the prompt's end."""
+        cache = PrefixKVCache.for_model(self.model, budget, inputs=self.inputs, **options)
+        self.say(f"answering with budget {budget:g}, {cache.method.spell()}")
+        look = partial(_kept, cache, self.layers)
+        said = answer(self.model, self.processor, self.inputs, cache, self.max_new_tokens, look=look)
+        mass = [_mass(of_layer, kept) for of_layer, kept in zip(self.attention, said.looked, strict=True)]
+        return Pruned(budget, ratio, said.looked, mass, said)
 
 
 def _prunable_layers(config: Any) -> tuple[list[int], int]:
@@ -167,11 +188,12 @@ def _prunable_layers(config: Any) -> tuple[list[int], int]:
 
 
 def _ratios(budgets: Sequence[float | int], n_tokens: int) -> dict[float | int, float]:
-    """Budgets, each once, as fractions of a prompt of so many tokens."""
+    """Budgets, each once and falling, as fractions of a prompt of so many tokens."""
     if not budgets:
         raise ValueError("there are no budgets to report on; give at least one")
     checked = [check_budget(budget) for budget in budgets]
-    return {budget: min(budget / n_tokens, 1.0) if isinstance(budget, int) else budget for budget in checked}
+    ratios = {budget: min(budget / n_tokens, 1.0) if isinstance(budget, int) else budget for budget in checked}
+    return dict(sorted(ratios.items(), key=lambda item: item[1], reverse=True))
 
 
 def _attention(model: Any, processor: Any, inputs: Any, method: Method) -> list[Tensor]:
@@ -181,10 +203,11 @@ def _attention(model: Any, processor: Any, inputs: Any, method: Method) -> list[
         float32 [kv_heads, n_tokens] for each prunable layer.
     """
     cache, n_tokens = ObservedCache(model.config, stored=False), inputs["input_ids"].shape[1]
-    cache.observer = found = Scores(Method(Ranking(queries=method.ranking.queries, heads="each")), DEFAULT_MAX_BYTES)
+    plain = Method(Ranking(queries=method.ranking.queries, heads="each"))
+    cache.observer = found = Scores([plain], DEFAULT_MAX_BYTES)
     answer(model, processor, inputs, cache, 1)  # one new token: the prompt's forward alone
-    check_observed(model, cache.prunable, found.of_layer)
-    of_layers = [found.of_layer[layer][0].cpu() for layer in cache.prunable]
+    check_observed(model, cache.prunable, found.seen)
+    of_layers = [found.of[score_key(plain)][layer][0].cpu() for layer in cache.prunable]
     if of_layers[0].shape[-1] != n_tokens:
         raise ValueError(
             f"the model makes {of_layers[0].shape[-1]} keys of a prompt of {n_tokens} tokens, so none can be pointed at"
@@ -202,10 +225,6 @@ def _mass(attention: Tensor, kept: list[list[int]]) -> float:
     heads = kept if len(kept) > 1 else kept * n_heads
     shares = (row[columns].sum() for row, columns in zip(attention.expand(n_heads, -1), heads, strict=True))
     return float(sum(shares)) / n_heads
-
-
-def _common_start(text: str, other: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
 def _texts(processor: Any, ids: Sequence[int]) -> list[str]:

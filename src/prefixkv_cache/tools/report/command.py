@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from ..arguments import add_cache, add_model, add_prompt, budgets, cache_options, load, positive, read_prompt
+from ..arguments import (
+    add_cache,
+    add_model,
+    add_prompt,
+    budgets,
+    cache_options,
+    load,
+    out_path,
+    positive,
+    read_prompt,
+    write_out,
+)
 
 BUDGETS = (0.7, 0.5, 0.3, 0.2, 0.1)
 
@@ -22,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fractions of the KV pairs kept, or numbers of pairs a head (0.7,0.5,0.3,0.2,0.1)",
     )  # fmt: skip
     add_cache(parser)
+    parser.add_argument("--beside", metavar="M", help="a second method, shown beside the first at the same budgets")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=128, metavar="N", help="of each answer (%(default)s)"
     )
@@ -33,15 +44,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: arguments or files that will not do.
     """
-    out = Path(arguments.out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out is {arguments.out!r}; a page's name ends in .html")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {os.fspath(out.parent)!r} to write {out.name!r} in")
+    from ...methods import resolve
+
+    out = out_path(arguments.out, "a page", ".html", ".htm")
     options = cache_options(arguments)
+    beside = None if arguments.beside is None else resolve(arguments.beside)
     prompt, images = read_prompt(arguments)
     pictures = list(zip((Path(path).name for path in arguments.image), images, strict=True))
-    from ...profiles.files import write_atomically
     from .collect import collect_report
     from .page import render_page
 
@@ -49,9 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     model, processor = load(arguments)
     limit = arguments.max_new_tokens
     report = collect_report(
-        model, processor, prompt, pictures, arguments.budgets, max_new_tokens=limit, say=_say, **options
-    )
-    write_atomically(out, render_page(report))
+        model, processor, prompt, pictures, arguments.budgets,
+        max_new_tokens=limit, beside=beside, say=_say, **options,
+    )  # fmt: skip
+    write_out(out, render_page(report))
     print(f"{out}: {out.stat().st_size / 1024:.0f} KiB; open it in a browser")
 
 

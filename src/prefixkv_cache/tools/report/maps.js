@@ -4,14 +4,15 @@ const nTokens = data.tokens.length, nLayers = data.layers.length;
 const RAMP = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"].map(
   (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 const EDGE = "#ffb224";
-const state = { budget: 0, layer: 0 };
+const caches = [...data.budgets, ...data.others];
+const state = { budget: 0, layer: 0, beside: -1 };  // beside: one of the caches; -1: the full one
 const find = (id) => document.getElementById(id);
 
 // Numbers.
 
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 const mean = (numbers) => sum(numbers) / numbers.length;
-for (const each of data.budgets) {
+for (const each of caches) {
   const counts = Uint8Array.from(atob(each.kept), (character) => character.charCodeAt(0));
   each.heads = each.lengths.map((heads) => heads.length);
   each.keeps = (layer, token) => counts[layer * nTokens + token] / each.heads[layer];  // the share of the heads
@@ -156,7 +157,8 @@ function addPicture(shown, number, picture) {
       const place = (part, n) => Math.min(n - 1, Math.max(0, Math.floor(part * n)));
       const row = place((event.clientY - box.top) / box.height, view.rows);
       const column = place((event.clientX - box.left) / box.width, view.columns);
-      const budget = data.budgets[state.budget], token = view.tokens[row * view.columns + column];
+      const budget = map === shares && state.beside >= 0 ? caches[state.beside] : data.budgets[state.budget];
+      const token = view.tokens[row * view.columns + column];
       const heads = budget.heads[state.layer], own = Math.round(budget.keeps(state.layer, token) * heads);
       const here = heads === 1 ? (own ? "kept" : "pruned") : `kept by ${own} of ${heads} heads`;
       map.at.textContent = `row ${row + 1}, column ${column + 1}: ${here} here, by ${whoKept(budget, budget.share[token])} in all`;
@@ -174,15 +176,24 @@ function addPicture(shown, number, picture) {
   let drawn = null;  // the strip depends on budget and view only
   maps.push(() => {
     const budget = data.budgets[state.budget], layer = data.layers[state.layer];
-    const cells = view.tokens, count = keptOf(cells, budget, state.layer);
-    const never = cells.filter((token) => budget.share[token] === 0).length;
-    const always = cells.filter((token) => budget.share[token] === 1).length;
-    drawKept(kept.canvas, picture, view, budget, state.layer);
-    drawShares(shares.canvas, picture, view, budget);
-    kept.text.textContent = `Layer ${layer} keeps ${pairs(count)} of ${cells.length} image tokens${budget.heads[state.layer] > 1 ? " a head" : ""} (${percent(count / cells.length)}).`;
-    shares.text.textContent = `What share of all key heads kept each token: ${always} are kept by all, ${never} by none.`;
-    kept.canvas.setAttribute("aria-label", `${name} as kept at budget ${budget.label}. ${kept.text.textContent}`);
-    shares.canvas.setAttribute("aria-label", `${name}, map of all layers at budget ${budget.label}. ${shares.text.textContent}`);
+    const cells = view.tokens, beside = caches[state.beside];
+    const showLayer = (map, cache) => {
+      const count = keptOf(cells, cache, state.layer), many = cache.heads[state.layer] > 1 ? " a head" : "";
+      drawKept(map.canvas, picture, view, cache, state.layer);
+      map.text.textContent = `${beside ? `${cache.label}: layer` : "Layer"} ${layer} keeps ${pairs(count)} of ${cells.length} image tokens${many} (${percent(count / cells.length)}).`;
+      map.canvas.setAttribute("aria-label", `${name} as kept at budget ${cache.label}. ${map.text.textContent}`);
+    };
+    showLayer(kept, budget);
+    legend.hidden = Boolean(beside);
+    if (beside) {
+      showLayer(shares, beside);
+    } else {
+      const never = cells.filter((token) => budget.share[token] === 0).length;
+      const always = cells.filter((token) => budget.share[token] === 1).length;
+      drawShares(shares.canvas, picture, view, budget);
+      shares.text.textContent = `What share of all key heads kept each token: ${always} are kept by all, ${never} by none.`;
+      shares.canvas.setAttribute("aria-label", `${name}, map of all layers at budget ${budget.label}. ${shares.text.textContent}`);
+    }
     buttons.forEach(({ button, canvas, text }, index) => {
       button.setAttribute("aria-pressed", String(index === state.layer));
       if (drawn && drawn[0] === budget && drawn[1] === view) return;

@@ -1,6 +1,10 @@
 // Charts, answers, tables, and what holds all together. One scope with maps.js, which comes before.
 // Charts.
 
+// All caches, by method and falling budget.
+const falling = [data.budgets, data.others].flatMap(
+  (some) => some.map((each) => ({ ...each, index: caches.indexOf(each) })).reverse());
+
 const W = 480, H = 250, LEFT = 58, RIGHT = 8, TOP = 8, BOTTOM = 40;
 const across = (part) => LEFT + part * (W - LEFT - RIGHT), up = (part) => H - BOTTOM - part * (H - TOP - BOTTOM);
 
@@ -79,14 +83,14 @@ function showMemory() {
   const box = find("memory");
   box.replaceChildren();
   const rows = [{ ...data.full, label: "full cache", kind: "whole" }].concat(
-    data.budgets.map((each, i) => ({ ...each, kind: i === state.budget ? "here" : "" })).reverse());
+    falling.map((each) => ({ ...each, kind: each.index === state.budget || each.index === state.beside ? "here" : "" })));
   const largest = Math.max(...rows.map((row) => row.nbytes[1]));
   for (const { label, nbytes, nTokens: said, kind } of rows) {
     make(box, "div", { class: kind }, label);
     const ends = make(box, "div");
     [`prompt`, `+ ${plural(said, "token")}`].forEach((end, i) => {
       const track = make(ends, "div", { class: `track ${kind} ${i ? "end" : ""}` });
-      make(track, "i", { style: `width: calc((100% - 13rem) * ${(nbytes[i] / largest).toFixed(4)})` });
+      make(track, "i", { style: `width: calc((100% - 15rem) * ${(nbytes[i] / largest).toFixed(4)})` });
       const share = kind === "whole" ? "" : ` \u00b7 ${percent(nbytes[i] / data.full.nbytes[i])}`;
       make(track, "span", {}, `${size(nbytes[i])}${share} \u00b7 ${end}`);
     });
@@ -95,32 +99,37 @@ function showMemory() {
 
 // Answers.
 
-const fullWords = new Set(data.full.text.split(/\s+/));
+/** How many characters two texts have in common, from their beginning. */
+function common(text, other) {
+  let place = 0;
+  while (place < text.length && text[place] === other[place]) place++;
+  return place;
+}
 
-/** Fill in a text: the word marked in which it leaves the other one, and behind it the words that the full cache never says. */
-function marked(element, text, agrees) {
+/** Fill in a text: the word marked in which it leaves the other one, and behind it the words that the other never says. */
+function marked(element, text, other) {
   element.replaceChildren();
-  if (agrees === null) { element.textContent = text || "(nothing)"; return; }
+  if (text === other) { element.textContent = text || "(nothing)"; return; }
+  const agrees = common(text, other), words = new Set(other.split(/\s+/));
   const start = text.slice(0, agrees).search(/\S*$/), word = text.slice(start).match(/^\s*\S*/)[0];
   element.append(text.slice(0, start));
   make(element, "mark", {}, word || " (ends here)");
   for (const part of text.slice(start + word.length).split(/(\s+)/)) {
-    const invented = part.trim() && !fullWords.has(part);
+    const invented = part.trim() && !words.has(part);
     make(element, "span", { class: invented ? "after new" : "after" }, part);
   }
 }
 
-const agreement = (budget) => budget.text === data.full.text ? null : budget.agrees;
-
 function showAnswers(budget) {
-  const agrees = agreement(budget);
+  const beside = caches[state.beside] ?? data.full;
+  find("full-title").textContent = state.beside < 0 ? "Full cache" : `Budget ${beside.label}`;
   find("pruned-title").textContent = `Budget ${budget.label}`;
-  marked(find("full-answer"), data.full.text, agrees);
-  marked(find("pruned-answer"), budget.text, agrees);
-  find("full-facts").textContent = plural(data.full.nTokens, "token");
+  marked(find("full-answer"), beside.text, budget.text);
+  marked(find("pruned-answer"), budget.text, beside.text);
+  find("full-facts").textContent = plural(beside.nTokens, "token") + (state.beside < 0 ? "" : `; ${beside.verdict}.`);
   find("pruned-facts").textContent = `${plural(budget.nTokens, "token")}; ${budget.verdict}.`;
-  [...find("verdicts").querySelectorAll("button")].reverse().forEach(
-    (button, i) => button.setAttribute("aria-pressed", String(i === state.budget)));
+  [...find("verdicts").querySelectorAll("button")].forEach((button, i) =>
+    button.setAttribute("aria-pressed", String([state.budget, state.beside].includes(falling[i].index))));
 }
 
 function table(id, head, rows) {
@@ -137,12 +146,11 @@ function table(id, head, rows) {
   }
 }
 
-const falling = data.budgets.map((each, index) => ({ ...each, index })).reverse();
 
 function addTables() {
   table("answers-table", ["budget", "tokens", ""], [
-    ["full cache", data.full.nTokens, (cell) => marked(cell, data.full.text, null)],
-    ...falling.map((each) => [each.label, each.nTokens, (cell) => marked(cell, each.text, agreement(each))]),
+    ["full cache", data.full.nTokens, (cell) => marked(cell, data.full.text, data.full.text)],
+    ...falling.map((each) => [each.label, each.nTokens, (cell) => marked(cell, each.text, data.full.text)]),
   ]);
   table("numbers", ["layer", ...falling.map((each) => each.label)],
     data.layers.map((layer, i) => [String(layer), ...falling.map((each) => pairs(each.counts[i]))]));
@@ -153,7 +161,7 @@ function addVerdicts() {
     const button = make(make(find("verdicts"), "li"), "button", { type: "button" });
     make(button, "b", {}, `${each.label}: `);
     make(button, "span", {}, each.verdict);
-    button.addEventListener("click", () => set("budget", each.index));
+    button.addEventListener("click", () => set(each.index < data.budgets.length ? "budget" : "beside", each.index));
   }
 }
 
@@ -164,6 +172,7 @@ function show() {
   const count = `${pairs(budget.counts[state.layer])} of ${nTokens}`;
   find("budget-value").textContent = `${budget.label} kept`;
   find("layer-value").textContent = `${layer}, keeps ${percent(budget.counts[state.layer] / nTokens)}`;
+  find("beside").value = state.beside;
   find("budget").setAttribute("aria-valuetext", `${budget.label} kept`);
   find("layer").setAttribute("aria-valuetext", `layer ${layer}, ${count} tokens kept`);
   find("status").textContent = `Budget ${budget.label}, layer ${layer}: ${count} tokens kept`;
@@ -191,6 +200,13 @@ function addSlider(name, n) {
   slider.addEventListener("input", () => set(name, Number(slider.value)));
 }
 
+function addBeside() {
+  const choice = find("beside");
+  make(choice, "option", { value: -1 }, "the full cache");
+  for (const each of falling) make(choice, "option", { value: each.index }, each.label);
+  choice.addEventListener("input", () => set("beside", Number(choice.value)));
+}
+
 async function start() {
   find("prompt").textContent = data.prompt;
   find("facts").textContent = data.facts;
@@ -198,6 +214,7 @@ async function start() {
   addSlider("budget", data.budgets.length);
   addSlider("layer", nLayers);
   state.budget = Math.floor((data.budgets.length - 1) / 2);
+  addBeside();
   addTokens();
   addTables();
   addVerdicts();

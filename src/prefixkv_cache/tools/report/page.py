@@ -57,19 +57,22 @@ def _page_data(report: Report) -> dict[str, Any]:
         "pictures": [_picture(picture) for picture in report.pictures],
         "layers": report.layers,
         "full": _answer(report.full),
-        "budgets": [
-            {
-                "label": say_budget(each.budget),
-                "verdict": verdict(each, report.full),
-                "ratio": each.ratio,
-                "kept": _head_counts(each.kept, len(report.tokens)),
-                "lengths": [[len(of_head) for of_head in heads] for heads in each.kept],
-                "mass": [round(mass, 6) for mass in each.mass],
-                "agrees": each.agrees,
-                **_answer(each.answer),
-            }
-            for each in reversed(report.pruned)
+        "budgets": [_cache(each, "", report) for each in reversed(report.pruned)],
+        "others": [
+            _cache(each, f", {report.beside.spell()}", report) for each in reversed(report.others) if report.beside
         ],
+    }
+
+
+def _cache(pruned: Pruned, method: str, report: Report) -> dict[str, Any]:
+    return {
+        "label": say_budget(pruned.budget) + method,
+        "verdict": verdict(pruned, report.full),
+        "ratio": pruned.ratio,
+        "kept": _head_counts(pruned.kept, len(report.tokens)),
+        "lengths": [[len(of_head) for of_head in heads] for heads in pruned.kept],
+        "mass": [round(mass, 6) for mass in pruned.mass],
+        **_answer(pruned.answer),
     }
 
 
