@@ -70,7 +70,7 @@ class Hints(Cache):
             return
         seen = layer.seen
         ids = _argument("input_ids", lambda value: isinstance(value, Tensor) and value.shape[1:] == (n_new,))
-        if _argument("use_cache") is False:
+        if _argument("use_cache", outermost=True) is False:  # what the user said; some models say False to their parts
             self._hint("use_cache", _NO_CACHE)
         elif seen and _begins_with(ids, self._first_ids):
             self._hint("reset", f"this cache has seen {seen} tokens, and is given the first prompt again: {_CURE}")
@@ -105,17 +105,19 @@ def _begins_with(ids: Tensor | None, first: Tensor | None) -> bool | None:
     return torch.equal(ids[:, : first.shape[1]].to(first.device), first)
 
 
-def _argument(name: str, fits: Any = lambda value: value is not None) -> Any:
+def _argument(name: str, fits: Any = lambda value: value is not None, outermost: bool = False) -> Any:
     """The innermost argument or variable of this name in the calls of models on the stack; None: there is none."""
-    frame = sys._getframe(2)
+    frame, found = sys._getframe(2), None
     while frame is not None:
         # Looking at a frame's variables keeps them alive for a while, so only where the name is one of them.
         if name in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), torch.nn.Module):
             value = frame.f_locals.get(name)
             if fits(value):
-                return value
+                if not outermost:
+                    return value
+                found = value
         frame = frame.f_back
-    return None
+    return found
 
 
 def _outside() -> int:

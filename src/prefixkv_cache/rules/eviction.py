@@ -122,14 +122,15 @@ class QueueEviction:
 
     def shortened(self, stored: int, removed: int) -> QueueEviction:
         """The row after its newest `removed` tokens were taken back and its `stored` pairs were put in order."""
+        seen = max(stored, self.seen - removed)
         return QueueEviction(
             stored,
-            max(stored, self.seen - removed),
+            seen,
             self.keep,
             None if self.point is None else min(self.point, max(stored - 1, 0)),
             self.headroom,
             None if self.first_origin is None else min(self.first_origin, stored),
-            self.began,
+            min(self.began, seen),
         )
 
     @property
