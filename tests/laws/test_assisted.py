@@ -80,8 +80,9 @@ CASES += [Case("default:headroom=2", image=True, **ONE), Case("h2o", lengths=(61
 def test_same_as_without_assistance(assist, case, n, wrong):
     """The next turn is a plain one, and a prompt of several tokens: what was announced for the first is over."""
     plain, assisted = case.cache(), case.cache()
-    answer, logits = greedy(case.model, case.prompt(), plain, new=NEW)
-    ids, our_logits, script = assist(case.model, case.prompt(), assisted, answer, n, wrong)
+    words = {"suppress_tokens": [models.IMAGE, models.VIDEO]}  # transformers would look for their pictures
+    answer, logits = greedy(case.model, case.prompt(), plain, new=NEW, **words)
+    ids, our_logits, script = assist(case.model, case.prompt(), assisted, answer, n, wrong, **words)
     assert script.proposed >= script.confirmed and bool(script.confirmed) == (wrong != 1)
     assert torch.equal(ids, answer)
     assert (our_logits - logits).abs().max() < ROUNDED

@@ -22,7 +22,7 @@ from watch import kept_by_head, make_profile
 LAYERS = 4
 # By name: key heads, the method, and whether there is a profile by head.
 WAYS = {
-    "default": (4, "default:headroom=0", False),
+    "default": (4, "default:score=attention;headroom=0", False),
     "paper": (4, "prefixkv:distance=5", False),
     "single heads": (8, "prefixkv:queries=32;heads=max;pooling=3;value_norm=true", False),
     "by head": (8, "prefixkv:distance=5", True),

@@ -77,7 +77,7 @@ def test_law_9_the_profile_says_the_method(method, tmp_path):
             assert torch.equal(again, logits) and told.kept == watch.kept
 
 
-@pytest.mark.parametrize("method", ["prefixkv:queries=8", "default:queries=8;context=5;pooling=3"])
+@pytest.mark.parametrize("method", ["prefixkv:queries=8", "default:score=attention;queries=8;context=5;pooling=3"])
 @pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl", "gemma3"])
 def test_law_9_what_was_measured_is_what_is_kept(method, family):
     """A profile of one sample holds the lengths that its method's own search finds on that prompt. So the cache keeps

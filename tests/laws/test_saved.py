@@ -248,7 +248,7 @@ def test_of_another_model_it_is_refused(tmp_path):
 
 def test_after_tokens_of_the_prompt_were_taken_back(tmp_path):
     case = by_one_length
-    for cache, n in ((after(case, 3)[1], 20), (PrefixKVCache.compress(case.model, case.prompt(), 0.5), 5)):
+    for cache, n in ((after(case, 3)[1], 20), (PrefixKVCache.compress(case.model, case.prompt(), 1.0), 5)):
         cache.crop(-n)
         loaded = saved(cache, case, tmp_path)
         assert str(contents(loaded)) == str(contents(cache)) and loaded.context_ids is None

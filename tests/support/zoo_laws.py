@@ -97,7 +97,8 @@ def law_2(case, make_cache):
     lengths = [(each >= 0).sum(2) for each in log[0].values()]  # [batch, heads] of each layer
     if cache.method == EACH and any((each.amin(1) == each.amax(1)).any() for each in lengths):
         return "the key heads of a layer keep equally many, and not what the profile says"
-    reach = zoo.WINDOW - 1 if case.wide else LENGTHS[0]  # a layer with a window keeps of what a later token may see
+    whole = case.inputs["attention_mask"].shape[1]
+    reach = zoo.WINDOW - 1 if case.wide else whole  # a layer with a window keeps of what a later token may see
     valid = case.inputs["attention_mask"].sum(1).clamp_max(reach)
     share = torch.stack([each.double().mean(1) for each in lengths]).mean(0) / valid
     if (share - BUDGET).abs().max() > 0.05:

@@ -71,7 +71,7 @@ def test_calibrate_writes_a_profile_and_nothing_else_and_says_what_it_does(home,
     assert (profile.n_layers, profile.n_heads) == (3, 1) and profile.budgets.tolist() == [0.1, 0.5, 1.0]
     assert (metadata["samples"], metadata["source"]) == ("6", "data.json, seed 0")
     assert (metadata["model"], metadata["by"], metadata["dtype"]) == ("model", "mass/layer", "float32")
-    assert profile.method == methods.DEFAULT and profile.measured is None
+    assert profile.method == methods.PREFIXKV and profile.measured is None
     status, out, err = run(*calibrate_arguments(home, made, "--samples", "all"))
     assert status == 0 and "3 layers from 8 samples" in out
     assert "calibrating on 8 of 8 records" in err and "8/8" in err and "prompt/s" in err
@@ -254,7 +254,7 @@ def test_inspect_prints_layers_metadata_and_checks(run, made):
     assert "layer     0.1    0.5      1" in lines
     for layer in range(3):
         assert f"{layer:>5} " + "".join(f"{ratio:>7.3f}" for ratio in profile.keep[:, layer, 0]) in lines
-    assert {("samples", "6"), ("method", "default"), ("n_heads", "1")} <= {tuple(line.split()) for line in lines}
+    assert {("samples", "6"), ("method", "prefixkv"), ("n_heads", "1")} <= {tuple(line.split()) for line in lines}
     for words in ("largest fall", "row's mean", "spread over 6 samples", "never measured"):
         assert any(words in line for line in lines)
     status, out, _ = run("inspect", "llava-1.5-7b", "--budgets", "0.25,0.5")

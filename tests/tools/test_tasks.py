@@ -54,7 +54,7 @@ def test_nothing_is_random():
 @pytest.mark.parametrize("length", (1700, 8000))
 def test_cases(task, length):
     found = cases(task, "choose", 4, length)
-    assert len(set(found)) == 4 and all(len(case.prompt) >= length - 250 for case in found)
+    assert len(set(found)) == 4 and all(len(case.prompt) >= length / 3 for case in found)
 
 
 def test_a_lookup_asks_for_a_code_that_is_in_its_prompt():
@@ -71,6 +71,21 @@ def test_the_second_turn_comes_behind_what_is_pruned():
     prompt, behind, answer = texts(case)
     assert "What is the secret code" not in prompt and prompt.endswith("<assistant>")
     assert behind.startswith("I have read it.<user>What is the secret code of ") and answer in prompt
+
+
+def test_all_codes_are_asked_for_and_are_in_the_prompt():
+    for case in cases("extract", "choose", 5):
+        prompt, behind, answer = texts(case)
+        said = dict(line.split(": ") for line in (behind + answer).split("\n"))
+        assert len(said) == 3 and all(f"The secret code of {city} is {code}" in prompt for city, code in said.items())
+        assert f"List the secret codes of {', '.join(list(said)[:2])} and {list(said)[2]}." in prompt
+
+
+def test_pairs_are_lines_of_words_and_numbers():
+    for case in cases("pairs", "choose", 5):
+        prompt, behind, answer = texts(case)
+        lines = dict(line.split(": ") for line in prompt.removeprefix("<user>").partition("\n\n")[0].split("\n"))
+        assert len(lines) > 20 and lines[behind.split()[3]] == answer
 
 
 def test_a_summary_has_its_instruction_first_and_the_model_answers():

@@ -18,6 +18,7 @@ from prefixkv_cache.calibration.propose import blend, loss_ratios, reconstructio
 
 LENGTHS = (61, 44, 40)
 STAYING = {"distance": None, "headroom": 0, "evict": "fixed-point"}  # what leaves while decoding is not measured
+ATTENTION = methods.DEFAULT.replace(score="attention")
 METHODS = {
     "default": methods.DEFAULT,
     "prefixkv": methods.PREFIXKV.replace(**STAYING),
@@ -364,16 +365,17 @@ def test_the_best_is_the_one_that_diverges_least_against_uniform_lengths():
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"by": "measured"}, "mass/layer reconstruction/layer loss/layer paper"),
+        ({"by": "measured", "method": ATTENTION}, "mass/layer reconstruction/layer loss/layer paper"),
         (
-            {"by": "measured", "unit": "head"},
+            {"by": "measured", "unit": "head", "method": ATTENTION},
             "mass/layer mass/head reconstruction/layer reconstruction/head loss/layer loss/head paper",
         ),
         (
             {"by": "measured", "unit": "head", "method": methods.PREFIXKV},
-            "mass/layer reconstruction/layer reconstruction/head loss/layer loss/head",
+            "mass/layer reconstruction/layer reconstruction/head loss/layer loss/head paper",
         ),
         ({"by": "measured", "method": methods.KEYDIFF}, "reconstruction/layer loss/layer paper"),
+        ({"by": "measured"}, "reconstruction/layer loss/layer paper"),
         ({"by": "loss", "unit": "head"}, "loss/head"),
     ],
 )
