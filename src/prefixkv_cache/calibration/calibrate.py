@@ -44,9 +44,8 @@ def calibrate(
     """Make the profile of a model from some prompts. A keep ratio is the mean over the samples of count / n_tokens.
 
     Streams: one sample is in memory at a time (of those set aside, and of the first 16 others, the inputs). Each row of
-    a padded batch is a sample.
-    A sample that fails is reported and skipped. Out of memory ends the calibration: skipping long prompts would bias
-    the profile. What was found until then, or until Ctrl-C, is in `state_file`.
+    a padded batch is a sample. A sample that fails is reported and skipped. Out of memory ends the calibration:
+    skipping long prompts would bias the profile. What was found by then, or by Ctrl-C, is in `state_file`.
 
     Args:
         model: a transformers model of a kind that `PrefixKVCache` can prune, in any dtype, on one device or several.
@@ -54,15 +53,14 @@ def calibrate(
         method: how the cache will rank its keys; the profile carries it. None: the paper's with `by="mass"`, else the
             default, and with `by="measured"` a few others are tried with the best lengths.
         by: `"measured"`: proposals by all criteria below, alone and blended with uniform lengths, are measured on every
-            third sample, which is set aside; the best is improved by gradient (descent.py) and measured again, and what
-            is best then is kept; a warning says so if it does not beat uniform lengths. `"mass"`: the paper's search on
-            the scores (arXiv 2412.03409): of one sample, what `lengths="search"` finds on that prompt.
-            `"reconstruction"`: one pool of how much attention each key gets when the prompt is repeated (KVzip, arXiv
-            2505.23416). `"loss"`: what pruning each unit alone costs answers.
+            third sample, which is set aside; the best is improved by gradient (descent.py) and measured again, and the
+            best of all is kept; a warning says if it does not beat uniform lengths. `"mass"`: the paper's search on the
+            scores (arXiv 2412.03409), as `lengths="search"` on each prompt. `"reconstruction"`: one pool of how much
+            attention keys get when the prompt is repeated (KVzip, arXiv 2505.23416). `"loss"`: what each unit costs.
         unit: `"layer"`: one length a layer, or `"head"`: one for each key head (with `"measured"`, both are tried).
         budgets: the grid of the profile, fractions kept, in (0, 1].
         metadata: more to write into the profile, string to string, such as `{"source": "MM-Vet, 10 samples"}`.
-        progress: called with the number of samples done after each one.
+        progress: called with the number of prompts done after each one; a sample is looked at several times.
         on_error: called with the index of a failed sample and the exception; by default a warning is given.
         state_file: where to keep what was found, every few seconds and whenever the calibration ends early; one that
             is there is continued (with the samples in the same order). Deleted at the end.
@@ -72,29 +70,28 @@ def calibrate(
         lengths were counted, standard deviation (`spread`), and what was measured (`measured`).
 
     Raises:
-        TypeError, ValueError: an argument is not as above, the model cannot be pruned, samples are too few or all
-            failed, a budget is too small for prompts this short, or `state_file` is that of another calibration.
+        TypeError, ValueError: an argument is not as above, the model cannot be pruned, samples are too few or failed, a
+            budget is too small for prompts this short, `state_file` is that of another calibration.
         UnobservedAttentionError: the model computes attention by code of its own.
     """
     plan = Plan.asked(method, by, unit, budgets)
-    check_model(model)  # what cannot be calibrated is refused before the first sample is looked at
+    check_model(model)
     described = {**describe_model(model), **check_metadata(metadata)}
     state = CalibrationState(state_file, fingerprint_calibration(model, plan) if state_file else {})
     state.read()
     run = Run(model, plan, state, on_error or _warn, progress)
-    aside: list[Job] = []
-    improve_on: list[Job] = []
+    aside, improve_on = list[Job](), list[Job]()
     with run:
         run.work(_kept_back(_one_by_one(samples), plan, aside, improve_on), aside, improve_on)
     profile = run.profile(described)
     state.delete()
-    if profile.measured is not None and not profile.measured["beats_uniform"]:
+    if not (profile.measured or {}).get("beats_uniform", True):
         warnings.warn("the profile does not beat uniform lengths on the samples set aside", stacklevel=2)
     return profile
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model that no sample could be measured on, by a TypeError or ValueError."""
+    """Refuse a model that no sample could be measured on, before one is looked at, by a TypeError or ValueError."""
     cache_layers(model.config)
 
 
