@@ -21,3 +21,9 @@ def seeded():
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def short_descent(monkeypatch):
+    """Lengths are improved with one look at each sample; the descent's own laws are in units/test_measure.py."""
+    monkeypatch.setattr("prefixkv_cache.calibration.plan.EACH", 1)

@@ -17,7 +17,6 @@ from oracle import Oracle, Rule
 from prefixkv_cache import PrefixKVCache, PrefixProfile, calibrate, methods
 from prefixkv_cache.cache.compat import HOOKED_METHOD
 from prefixkv_cache.cache.guards import image_mask_of
-from prefixkv_cache.calibration import plan as plan_module
 from prefixkv_cache.calibration.measure import AnsweredPrompt, Cost
 from prefixkv_cache.calibration.observe import ObservedCache, Scores
 
@@ -38,10 +37,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 mass = functools.partial(calibrate, by="mass", budgets=GRID)
 
 
-@pytest.fixture(autouse=True)
-def a_short_descent(monkeypatch):
-    """Its law is in test_measure.py; here each sample is looked at once."""
-    monkeypatch.setattr(plan_module, "EACH", 1)
+pytestmark = pytest.mark.usefixtures("short_descent")
 
 
 def samples(family="llava_gqa", lengths=LENGTHS, dtype=torch.float64):

@@ -11,7 +11,6 @@ import torch
 
 import models
 from prefixkv_cache import PrefixProfile, calibrate, methods
-from prefixkv_cache.calibration import plan as plan_module
 from prefixkv_cache.calibration.observe import UnobservedAttentionError, observe
 
 find_module, run_module = (importlib.import_module(f"prefixkv_cache.calibration.{name}") for name in ("find", "run"))
@@ -22,10 +21,7 @@ PAPER = methods.PREFIXKV
 mass = functools.partial(calibrate, by="mass", budgets=GRID)
 
 
-@pytest.fixture(autouse=True)
-def a_short_descent(monkeypatch):
-    """Its law is in test_measure.py; here each sample is looked at once."""
-    monkeypatch.setattr(plan_module, "EACH", 1)
+pytestmark = pytest.mark.usefixtures("short_descent")
 
 
 def samples():

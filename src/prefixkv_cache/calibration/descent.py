@@ -65,17 +65,20 @@ class Descent:
         entries, continuations = prompt.entry_ratios(method), prompt.continuations()
         total = 0.0
         with prompt.frozen(), torch.enable_grad():
-            for anchor in range(len(self.anchors)):
+            ratios = self.ratios()
+            # Each loss frees its own graph; what it says of the ratios is gathered here, and goes further back once.
+            gathered = ratios.detach().requires_grad_(True)
+            for of_layers in gathered:
                 for continuation in continuations:
-                    ratios = self.ratios()[anchor]
                     gates = {
                         index: fade(entry, ratio.to(entry.device), temperature)
-                        for (index, entry), ratio in zip(entries.items(), ratios, strict=True)
+                        for (index, entry), ratio in zip(entries.items(), of_layers, strict=True)
                     }
                     loss = (prompt.faded_divergence(gates, continuation) + _NOTHING).log().mean()
                     loss = loss / (len(self.anchors) * len(continuations))
                     loss.backward()
                     total += loss.item()
+            ratios.backward(gathered.grad)
         if bool(self._free.grad is not None and self._free.grad.isfinite().all()):
             self._optimiser.step()
         self._done += 1

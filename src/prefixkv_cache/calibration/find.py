@@ -45,10 +45,7 @@ def find(model: Any, plan: Plan, sample: Mapping[str, Any]) -> list[Row]:
             tables[name] = prompt.losses(plan.method, LOSS_RATIOS, unit)
         elif (scores := _reconstruction(prompt, plan)) is not None:
             tables[name] = [reconstruction_counts(each, plan.budgets, plan.sink, unit) for each in scores]
-    return [
-        as_row(n_tokens, {name: of_rows[row] for name, of_rows in tables.items()})
-        for row, n_tokens in enumerate(prompt.n_tokens)
-    ]
+    return _rows(prompt, tables)
 
 
 def answered(model: Any, plan: Plan, sample: Mapping[str, Any], methods: Sequence[Method]) -> AnsweredPrompt:
@@ -56,6 +53,14 @@ def answered(model: Any, plan: Plan, sample: Mapping[str, Any], methods: Sequenc
     image = image_mask_of(sample, model.config) if isinstance(sample, Mapping) else None
     tokens = ANSWER_TOKENS if plan.by in (MEASURED, "loss") else 2
     return AnsweredPrompt(model, sample, methods, image=image, max_bytes=plan.max_bytes, answer_tokens=tokens)
+
+
+def _rows(prompt: AnsweredPrompt, tables: Mapping[str, Sequence[Tensor]]) -> list[Row]:
+    """The tables [rows] of a sample, row by row."""
+    return [
+        as_row(n_tokens, {name: of_rows[row] for name, of_rows in tables.items()})
+        for row, n_tokens in enumerate(prompt.n_tokens)
+    ]
 
 
 def as_row(n_tokens: int, tables: Mapping[str, Tensor]) -> Row:
@@ -82,10 +87,7 @@ def weigh(model: Any, plan: Plan, candidates: Mapping[str, Candidate], sample: M
         profile = PrefixProfile(list(plan.budgets), each.keep.expand(-1, len(prompt.layers), -1))
         costs = [prompt.cost(prompt.kept(each.method, profile, budget)) for budget in plan.budgets]
         tables[name] = torch.stack([cost.table() for cost in costs], dim=1)  # [batch, n_budgets, 3]
-    return [
-        as_row(n_tokens, {name: of_rows[row] for name, of_rows in tables.items()})
-        for row, n_tokens in enumerate(prompt.n_tokens)
-    ]
+    return _rows(prompt, tables)
 
 
 def is_out_of_memory(error: Exception) -> bool:

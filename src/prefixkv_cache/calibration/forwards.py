@@ -23,7 +23,6 @@ class Forwards:
     """What `generate` gives the model's decoder, and the full cache as it is after the prompt.
 
     Used as a context around `generate`; a hook on the decoder sees the prompt's forward and each step.
-
     """
 
     def __init__(self, model: Any, cache: ObservedCache):

@@ -76,6 +76,10 @@ class Continuation:
         of_tokens = (self.full.exp() * (self.full - pruned)).sum(-1).clamp_min(0.0)
         return _mean(of_tokens, self.counting)
 
+    def exact(self, log_probs: Tensor) -> Tensor:
+        """Whether greedy decoding writes every token measured: float64 [batch], 1.0 or 0.0."""
+        return ((log_probs.argmax(-1) == self.targets) | ~self.counting).all(1).double()
+
 
 class AnsweredPrompt:
     """A sample with its full cache, the scores of its keys, and an answer.
@@ -220,12 +224,8 @@ class AnsweredPrompt:
 
     def _loss(self, method: Method, place: int, ratio: float, unit: str) -> Tensor:
         """float64 [n_heads or 1, batch]."""
-        protect, prompt, index = method.protect, self._prompts[score_key(method)][place], self.layers[place]
-        floor = method.lengths.floor
-        source = RatioLengths(
-            lambda _: [[ratio]], ratio, 0, sink=protect.sink, floor=floor, dithered=False, source="this layer"
-        )
-        kept = _kept_mask(prompt, source.shares([prompt], [place])[0], method)
+        prompt, index = self._prompts[score_key(method)][place], self.layers[place]
+        kept = _kept_at(ratio, prompt, method, method.lengths.floor)
         others, heads = torch.ones_like(kept), torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device)[..., None]
         masks = [kept] if unit == "layer" else [torch.where(head, kept, others) for head in heads]
         return torch.stack([self.cost({index: mask}).divergence for mask in masks]).cpu()
@@ -242,13 +242,12 @@ class AnsweredPrompt:
         answer = self._answer
         with torch.no_grad():
             pruned = self._log_probs(answer.fed, kept)[:, answer.skipped :]
-        best = pruned.argmax(-1)
-        exact = ((best == answer.targets) | ~answer.counting).all(1).double()
-        return Cost(answer.divergence(pruned), _mean(best == answer.full.argmax(-1), answer.counting), exact)
+        agrees = pruned.argmax(-1) == answer.full.argmax(-1)
+        return Cost(answer.divergence(pruned), _mean(agrees, answer.counting), answer.exact(pruned))
 
     def full_exact(self) -> Tensor:
         """float64 [batch], 1.0 where the full cache writes the answer."""
-        return self.cost({}).exact
+        return self._answer.exact(self._answer.full)
 
     def entry_ratios(self, method: Method) -> dict[int, Tensor]:
         """For each pair the least keep ratio at which its head keeps it; 0 where it always stays.
@@ -260,16 +259,10 @@ class AnsweredPrompt:
         """
         found = {}
         for index, prompt in zip(self.layers, self._prompts[score_key(method)], strict=True):
-            kept = torch.stack([self._kept_alone(method, prompt, (step - 0.5) / _LADDER) for step in range(1, _LADDER)])
+            kept = torch.stack([_kept_at((step - 0.5) / _LADDER, prompt, method, 0) for step in range(1, _LADDER)])
             missing = (~kept).sum(0).float()
             found[index] = torch.where(kept[0], torch.zeros_like(missing), missing / _LADDER)
         return found
-
-    def _kept_alone(self, method: Method, prompt: LayerPrompt, ratio: float) -> Tensor:
-        """Bool [batch, kv_heads, n]: what all heads of a layer keep at one ratio, without a floor."""
-        sink = method.protect.sink
-        source = RatioLengths(lambda _: [[ratio]], ratio, 0, sink=sink, floor=0, dithered=False, source="this layer")
-        return _kept_mask(prompt, source.shares([prompt], [0])[0], method)
 
     def faded_divergence(self, gates: Mapping[int, Tensor], continuation: Continuation) -> Tensor:
         """What it costs when pairs are seen to a degree: float64 [batch], differentiable.
@@ -365,6 +358,13 @@ def _check(model: Any) -> None:
 
 def _mean(of_tokens: Tensor, counting: Tensor) -> Tensor:
     return (of_tokens.double() * counting).sum(1) / counting.sum(1)
+
+
+def _kept_at(ratio: float, prompt: LayerPrompt, method: Method, floor: int) -> Tensor:
+    """Bool [batch, kv_heads, n]: what all heads of a layer keep at one ratio."""
+    sink = method.protect.sink
+    source = RatioLengths(lambda _: [[ratio]], ratio, 0, sink=sink, floor=floor, dithered=False, source="this layer")
+    return _kept_mask(prompt, source.shares([prompt], [0])[0], method)
 
 
 def _kept_mask(prompt: LayerPrompt, share: Share, method: Method) -> Tensor:
