@@ -33,7 +33,7 @@ from prefixkv_cache.calibration.measure import AnsweredPrompt
 from prefixkv_cache.methods import Method
 from prefixkv_cache.profiles.profile import PrefixProfile
 from prefixkv_cache.tools.tasks.passages import PASSAGE, digest, passages
-from prefixkv_cache.tools.tasks.tasks import TASKS, Case, cases, lookup, summary
+from prefixkv_cache.tools.tasks.tasks import TASKS, Case, cases
 
 BUDGETS = (0.5, 0.2, 0.1)
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -198,10 +198,10 @@ def _with_profiles(options: argparse.Namespace) -> dict[str, tuple[Method, Prefi
 
 
 def profile(options: argparse.Namespace) -> None:
-    """A profile from summaries and look-ups of the choose split, measured on every third of them."""
+    """A profile from prompts of the choose split, measured on every third of them."""
     model, tokenizer = load()
-    samples = [_sample(tokenizer, index) for index in range(options.samples)]
-    source = f"pydoc topics {digest()}: summaries and look-ups of the choose split"
+    samples = [_sample(tokenizer, index, options.tasks.split(",")) for index in range(options.samples)]
+    source = f"pydoc topics {digest()}, choose split: {options.tasks}"
     start = time.monotonic()
     found = calibrate(
         model,
@@ -217,10 +217,14 @@ def profile(options: argparse.Namespace) -> None:
     print(found.metadata["by"], found.metadata["method"], found.metadata.get("measured", "not measured"))
 
 
-def _sample(tokenizer: Any, index: int) -> dict[str, Tensor]:
-    """A prompt of a passage that no case of the choose split has: summaries and look-ups in turn."""
-    passage = passages("choose")[FIRST_OF_PROFILE + index]
-    prompt = (summary, lookup)[index % 2](passage, FIRST_OF_PROFILE + index).tokens(tokenizer)[0]
+def _sample(tokenizer: Any, index: int, tasks: list[str]) -> dict[str, Tensor]:
+    """A prompt of a passage that no case of the choose split has, the tasks in turn.
+
+    The turn shifts by one after three, as every third sample is set aside, and all tasks should be among them.
+    """
+    own = passages("choose")[FIRST_OF_PROFILE:]
+    case = TASKS[tasks[(index + index // 3) % len(tasks)]](own[index % len(own)], FIRST_OF_PROFILE + index)
+    prompt = case.tokens(tokenizer)[0]
     return {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
 
 
@@ -305,6 +309,7 @@ def main() -> None:
     command.add_argument("--out", required=True)
     command.add_argument("--unit", choices=("head", "layer"), default="head")
     command.add_argument("--samples", type=int, default=12)
+    command.add_argument("--tasks", default="summary,lookup,continuation", help="of the samples, in turn")
     command.add_argument("--by", default="measured")
     command.add_argument("--method", help="how the cache ranks; default: several are tried")
     command.set_defaults(work=profile)

@@ -48,11 +48,18 @@ def find(model: Any, plan: Plan, sample: Mapping[str, Any]) -> list[Row]:
     return _rows(prompt, tables)
 
 
-def answered(model: Any, plan: Plan, sample: Mapping[str, Any], methods: Sequence[Method]) -> AnsweredPrompt:
-    """A sample with its full cache and the model's own answer, its keys scored by these methods."""
+def answered(
+    model: Any, plan: Plan, sample: Mapping[str, Any], methods: Sequence[Method], answer: Tensor | None = None
+) -> AnsweredPrompt:
+    """A sample with its full cache and the model's own answer, its keys scored by these methods.
+
+    Args:
+        answer: int64 [batch, n_answer], where an earlier look has found it.
+    """
     image = image_mask_of(sample, model.config) if isinstance(sample, Mapping) else None
     tokens = ANSWER_TOKENS if plan.by in (MEASURED, "loss") else 2
-    return AnsweredPrompt(model, sample, methods, image=image, max_bytes=plan.max_bytes, answer_tokens=tokens)
+    options: dict[str, Any] = {"max_bytes": plan.max_bytes, "answer_tokens": tokens, "answer": answer}
+    return AnsweredPrompt(model, sample, methods, image=image, **options)
 
 
 def _rows(prompt: AnsweredPrompt, tables: Mapping[str, Sequence[Tensor]]) -> list[Row]:
@@ -79,13 +86,15 @@ def _reconstruction(prompt: AnsweredPrompt, plan: Plan) -> list[Tensor] | None:
         return None
 
 
-def weigh(model: Any, plan: Plan, candidates: Mapping[str, Candidate], sample: Mapping[str, Any]) -> list[Row]:
-    """What all candidates cost in each row of a sample: [divergence, agreement, exact] at each budget."""
+def weigh(
+    model: Any, plan: Plan, candidates: Mapping[str, Candidate], budgets: Sequence[float], sample: Mapping[str, Any]
+) -> list[Row]:
+    """What all candidates cost in each row of a sample: [divergence, agreement, exact] at each of these budgets."""
     prompt = answered(model, plan, sample, [each.method for each in candidates.values()])
     tables = {}
     for name, each in candidates.items():
         profile = PrefixProfile(list(plan.budgets), each.keep.expand(-1, len(prompt.layers), -1))
-        costs = [prompt.cost(prompt.kept(each.method, profile, budget)) for budget in plan.budgets]
+        costs = [prompt.cost(prompt.kept(each.method, profile, budget)) for budget in budgets]
         tables[name] = torch.stack([cost.table() for cost in costs], dim=1)  # [batch, n_budgets, 3]
     return _rows(prompt, tables)
 

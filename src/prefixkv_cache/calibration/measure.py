@@ -93,6 +93,7 @@ class AnsweredPrompt:
         answer_tokens: length of the model's own greedy answer, at most.
         given: int64 [batch, n_lead], [batch, n_answer]: what is fed behind the prompt and not measured, and the answer,
             instead of the model's own.
+        answer: int64 [batch, n_answer], the model's own answer, where another `AnsweredPrompt` has found it.
 
     Attributes:
         layers: indices of the prunable layers.
@@ -115,6 +116,7 @@ class AnsweredPrompt:
         max_bytes: int = DEFAULT_MAX_BYTES,
         answer_tokens: int = ANSWER_TOKENS,
         given: tuple[Tensor, Tensor] | None = None,
+        answer: Tensor | None = None,
     ):
         _check(model)
         self.model, self.max_bytes = model, max_bytes
@@ -125,7 +127,7 @@ class AnsweredPrompt:
         scores = Scores(methods, max_bytes)
         with evaluating(model), Forwards(model, self.cache) as forwards:
             self.cache.observer = scores
-            new = max(2, answer_tokens if given is None else 0)
+            new = max(2, answer_tokens if given is None and answer is None else 0)
             options = {"do_sample": False, "num_beams": 1, "min_new_tokens": 2, "max_new_tokens": new}
             sequences = model.generate(**inputs, past_key_values=self.cache, **options)
         self.cache.observer = None
@@ -139,7 +141,7 @@ class AnsweredPrompt:
             self._prompts.setdefault(score_key(method), [self._prompt(index, method, image) for index in self.layers])
         # Linear layers go on from their state one token at a time only.
         self._at_once = not {kind for kind in whole_layer_kinds(model.config) if "sliding" not in kind}
-        own = sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :]
+        own = sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :] if answer is None else answer
         self._ids: Tensor | None = inputs.get("input_ids")
         self._has_image = image is not None
         self._answer = self._take_answer(own, given)

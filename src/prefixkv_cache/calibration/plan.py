@@ -28,6 +28,7 @@ DEFAULT_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9
 MEASURED = "measured"
 UNIFORM, PAPER = "uniform", "paper"
 """Candidates that the others are held against: equal lengths, and the paper's ranking and search."""
+REFERENCES = (UNIFORM, PAPER)
 RANKINGS = (
     "default:floor=16",
     "default:floor=28",
@@ -144,9 +145,14 @@ class Plan:
         """Whether a sample is for measuring, and proposals are made without it."""
         return self.is_measured and index % 3 == 1
 
+    @property
+    def compared_at(self) -> tuple[float, ...]:
+        """The few budgets at which candidates are compared; only the one that wins is measured at all of them."""
+        return tuple(sorted({min(self.budgets, key=lambda budget: abs(budget - anchor)) for anchor in ANCHORS}))
+
     def steps(self, n_found: int, n_aside: int) -> int:
         """How much there is to do, in prompts, for so many samples of either kind."""
-        return n_found + (n_aside * (2 + bool(self.rankings)) + self.visits(n_found) if self.is_measured else 0)
+        return n_found + (n_aside * (3 + bool(self.rankings)) + self.visits(n_found) if self.is_measured else 0)
 
     def visits(self, n_samples: int) -> int:
         """Prompts that a descent looks at."""
@@ -230,7 +236,7 @@ def _mean(tables: Sequence[Any], divisors: Sequence[int] | None = None) -> Tenso
 
 
 def mean_costs(rows: Sequence[Row]) -> Costs:
-    """What each candidate cost on the samples set aside: the mean over the rows."""
+    """What each candidate cost on the samples set aside: the mean over the rows, at the budgets it was measured at."""
     names = rows[0]["tables"]
     return {name: [tuple(each) for each in _mean([row["tables"][name] for row in rows]).tolist()] for name in names}
 
@@ -244,12 +250,12 @@ def advantage(costs: Costs, name: str) -> float:
 
 def best(costs: Costs) -> str:
     """The candidate with the least divergence against uniform lengths; of equals the first."""
-    return min((name for name in costs if name not in (UNIFORM, PAPER)), key=lambda name: advantage(costs, name))
+    return min((name for name in costs if name not in REFERENCES), key=lambda name: advantage(costs, name))
 
 
 def measured_field(costs: Costs, name: str, budgets: Sequence[float], n_samples: int) -> str:
     """The metadata `measured` of a profile: JSON, by budget, with uniform lengths and the paper beside."""
-    beside = [(name, ""), *((each, f"{each}_") for each in (UNIFORM, PAPER) if each in costs)]
+    beside = [(name, ""), *((each, f"{each}_") for each in REFERENCES if each in costs)]
     fields = [f"{prefix}{field}" for _, prefix in beside for field in ("kl", "agreement", "exact")]
     columns = [costs[each] for each, _ in beside]
     rows = [[value for cost in row for value in cost] for row in zip(*columns, strict=True)]
@@ -274,8 +280,9 @@ def make_profile(
         plan: of the calibration.
         rows: what was found in the samples that proposals are made of.
         metadata: more to write into it.
-        measured: what the candidates cost on the samples set aside, where the plan is to measure.
-        candidates: those that were measured.
+        measured: what the best candidate and the references cost on the samples set aside, at all budgets, where the
+            plan is to measure.
+        candidates: the best and the references.
 
     Raises:
         ValueError: a budget is too small for prompts this short.

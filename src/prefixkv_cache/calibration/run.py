@@ -1,7 +1,8 @@
 """A calibration on its way: samples go through the model, findings are kept, and the next round follows from them.
 
 Rounds: find what proposals are made of; measure all proposals; measure the best lengths with other rankings; improve
-the best by gradient, and measure that. What a sample gives is in find.py, the arithmetic in plan.py and descent.py.
+the best by gradient, and measure that; measure the one that won at all budgets. What a sample gives is in find.py, the
+arithmetic in plan.py and descent.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..profiles.profile import PrefixProfile
 from .descent import Descent
 from .find import answered, as_row, describe_error, find, is_out_of_memory, weigh
 from .observe import UnobservedAttentionError
-from .plan import Candidate, Plan, Row, best, make_profile, mean_costs
+from .plan import REFERENCES, Candidate, Plan, Row, best, make_profile, mean_costs
 from .state import CalibrationState
 
 OnError = Callable[[int, Exception], None]
@@ -42,6 +43,25 @@ class Job:
 
     indices: tuple[int, ...]
     load: Callable[[tuple[int, ...]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is measured on the samples set aside.
+
+    Attributes:
+        candidates: by name.
+        budgets: fractions kept, at which they are measured.
+    """
+
+    candidates: Mapping[str, Candidate]
+    budgets: tuple[float, ...]
+
+    @property
+    def stage(self) -> str:
+        """Name of what these candidates cost: another one for others, as when a sample failed the time before."""
+        said = {name: (each.keep.tolist(), each.method.spell()) for name, each in self.candidates.items()}
+        return f"cost of {hashlib.sha256(repr((said, self.budgets)).encode()).hexdigest()[:16]}"
 
 
 @dataclass
@@ -81,14 +101,15 @@ class Run:
         """
         self._each(jobs, FOUND, partial(find, self.model, self.plan))
         self.share()
-        for candidates in self._rounds(improve_on):
-            self._each(aside, _stage(candidates), partial(weigh, self.model, self.plan, candidates))
+        for each in self._rounds(improve_on):
+            self._each(aside, each.stage, partial(weigh, self.model, self.plan, each.candidates, each.budgets))
             self.share()
 
-    def _rounds(self, improve_on: Sequence[Job] | None = None) -> Iterator[dict[str, Candidate]]:
+    def _rounds(self, improve_on: Sequence[Job] | None = None) -> Iterator[Round]:
         """What to measure, one after the other; what comes next depends on what the last ones cost.
 
-        All lengths; the best of them with other rankings; the best of all, improved by gradient.
+        All lengths; the best of them with other rankings; the best of all, improved by gradient; and the one that won,
+        with the references, at all budgets.
 
         Args:
             improve_on: as above; None: everything was done before.
@@ -96,17 +117,22 @@ class Run:
         rows = self.rows(FOUND)
         if not self.plan.is_measured or not rows:
             return
-        rounds = [self.plan.candidates(rows)]
+        few = self.plan.compared_at
+        rounds = [Round(self.plan.candidates(rows), few)]
         yield rounds[-1]
         if self.plan.rankings and (won := self._best(rounds)):
-            rounds.append(self.plan.ranked(won[0], won[1].keep))
+            rounds.append(Round(self.plan.ranked(won[0], won[1].keep), few))
             yield rounds[-1]
         if (won := self._best(rounds)) and (some := self._improved(won[1], improve_on)):
-            yield some
+            rounds.append(Round(some, few))
+            yield rounds[-1]
+        if won := self._best(rounds):
+            references = {name: each for name, each in rounds[0].candidates.items() if name in REFERENCES}
+            yield Round({won[0]: won[1], **references}, self.plan.budgets)
 
     def _improved(self, candidate: Candidate, jobs: Sequence[Job] | None) -> dict[str, Candidate]:
         """A candidate's lengths after the descent; nothing where that could not be done."""
-        stage = f"improved {_stage({'': candidate})}"
+        stage = f"improved {Round({'': candidate}, self.plan.budgets).stage}"
         if f"{stage}/0" not in self.state and jobs is not None:
             keep = self._descend(candidate, jobs) if jobs else None
             if keep is not None:
@@ -117,22 +143,25 @@ class Run:
             return {}
         return self.plan.improved(torch.tensor(rows[0]["tables"]["keep"], dtype=torch.float64), candidate.method)
 
-    def _best(self, rounds: Sequence[Mapping[str, Candidate]]) -> tuple[str, Candidate] | None:
+    def _best(self, rounds: Sequence[Round]) -> tuple[str, Candidate] | None:
         """The best of the candidates so far; None where nothing could be measured."""
         measured = self._costs(rounds)
         if not measured:
             return None
         name = best(mean_costs(measured))
-        return name, {name: each for some in rounds for name, each in some.items()}[name]
+        return name, {name: each for some in rounds for name, each in some.candidates.items()}[name]
 
     def _descend(self, candidate: Candidate, jobs: Sequence[Job]) -> Tensor | None:
         """float64 [n_budgets, n_layers, n_heads or 1]: the candidate's lengths, improved on samples."""
         descent: Descent | None = None
+        answers: dict[tuple[int, ...], Tensor] = {}
         try:
             visits = self.plan.visits(len(jobs))
             for visit in range(visits):
                 job = jobs[visit % len(jobs)]
-                prompt = answered(self.model, self.plan, job.load(job.indices), [candidate.method])
+                known = answers.get(job.indices)
+                prompt = answered(self.model, self.plan, job.load(job.indices), [candidate.method], known)
+                answers[job.indices] = prompt.answer
                 descent = descent or self.plan.descent(candidate.keep, prompt.n_layers_and_heads, visits)
                 descent.step(prompt, candidate.method)
                 self._count(1)
@@ -148,14 +177,13 @@ class Run:
         """What was found in a stage, by the index of the sample."""
         return [row for _, rows in self.state.of(stage) for row in rows]
 
-    def measured(self) -> tuple[dict[str, Candidate], list[Row]]:
-        """All candidates, and what they cost in the samples that all of them were measured on."""
-        rounds = list(self._rounds())
-        return {name: each for some in rounds for name, each in some.items()}, self._costs(rounds)
+    def compared(self) -> list[Row]:
+        """What all candidates cost in the samples that all of them were measured on, at a few budgets."""
+        return self._costs(list(self._rounds())[:-1])
 
-    def _costs(self, rounds: Sequence[Mapping[str, Candidate]]) -> list[Row]:
+    def _costs(self, rounds: Sequence[Round]) -> list[Row]:
         """What all candidates of these rounds cost, for each sample that all were measured on."""
-        found = [{key.rpartition("/")[2]: rows for key, rows in self.state.of(_stage(each))} for each in rounds]
+        found = [{key.rpartition("/")[2]: rows for key, rows in self.state.of(each.stage)} for each in rounds]
         places = sorted(set.intersection(*map(set, found)), key=int) if found else []
         return [
             {
@@ -172,12 +200,13 @@ class Run:
         Raises:
             ValueError: nothing was found, or nothing measured; or a budget is too small for prompts this short.
         """
-        rows, (candidates, measured) = self.rows(FOUND), self.measured()
+        rows, last = self.rows(FOUND), list(self._rounds())[-1:]
+        measured = self._costs(last)
         _refuse_if_nothing_left(rows, self.failures, "there are no samples; one is the least that a profile needs")
         if self.plan.is_measured:
             few = "by='measured' sets every third sample aside, so it needs two; by='reconstruction' does with one"
             _refuse_if_nothing_left(measured, self.failures, few)
-        return make_profile(self.plan, rows, metadata, measured, candidates)
+        return make_profile(self.plan, rows, metadata, measured, last[0].candidates if last else {})
 
     def _each(self, jobs: Iterable[Job], stage: str, work: Callable[[Mapping[str, Any]], list[Row]]) -> None:
         for job in jobs:
@@ -216,12 +245,6 @@ class Run:
         for index in job.indices:
             self.failures[index] = failed
             self.on_error(index, failed)
-
-
-def _stage(candidates: Mapping[str, Candidate]) -> str:
-    """Name of what these candidates cost: another one for others, as when a sample failed the time before."""
-    said = {name: (each.keep.tolist(), each.method.spell()) for name, each in candidates.items()}
-    return f"cost of {hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
 
 
 def _refuse_if_nothing_left(rows: Sequence[Row], failures: Mapping[int, Exception], few: str) -> None:

@@ -182,7 +182,7 @@ def _write(running: Run, out: Path, source: str) -> None:
     for path in _state_files(out):
         path.unlink(missing_ok=True)
     if profile.measured is not None:
-        print("\n".join(table(mean_costs(running.measured()[1]), running.plan.budgets)))
+        print("\n".join(table(mean_costs(running.compared()), running.plan.compared_at)))
         beats = "beats" if profile.measured["beats_uniform"] else "does not beat"
         print(f"kept: {profile.metadata['by']}, which {beats} uniform lengths on the samples set aside")
     skipped = f", {len(running.failures)} skipped" if running.failures else ""
