@@ -124,24 +124,27 @@ def answered(
     return AnsweredPrompt(model, sample, list(methods), image=image, answer_tokens=tokens, given=given)
 
 
-def costs(case: AnsweredPrompt, method: Method, profile: PrefixProfile | None) -> list[dict[str, float]]:
-    """What pruning costs at each of `BUDGETS`.
+def costs(
+    case: AnsweredPrompt, candidates: Mapping[str, tuple[Method, PrefixProfile | None]]
+) -> dict[str, list[dict[str, float]]]:
+    """What pruning costs by each candidate at each of `BUDGETS`.
 
     `kl`, `agreement`: against the full cache. `exact`: whether every token of the answer is the likeliest, and
     `full_exact`: with the full cache. `held`: pairs, as a fraction of all.
     """
-    by_budget = [case.kept(method, profile, budget) for budget in BUDGETS]
+    kept = [case.kept(*candidate, budget) for candidate in candidates.values() for budget in BUDGETS]
     full = case.full_exact().item()
-    return [
+    found = [
         {
             "kl": cost.divergence.item(),
             "agreement": cost.agreement.item(),
             "exact": cost.exact.item(),
             "full_exact": full,
-            "held": fmean(mask.double().mean().item() for mask in kept.values()),
+            "held": fmean(mask.double().mean().item() for mask in masks.values()),
         }
-        for cost, kept in zip([case.cost(kept) for kept in by_budget], by_budget, strict=True)
+        for cost, masks in zip(case.costs(kept), kept, strict=True)
     ]
+    return {name: found[i * len(BUDGETS) : (i + 1) * len(BUDGETS)] for i, name in enumerate(candidates)}
 
 
 def run(options: argparse.Namespace, split: str, candidates: Mapping[str, tuple[Method, PrefixProfile | None]]) -> None:
@@ -160,7 +163,7 @@ def run(options: argparse.Namespace, split: str, candidates: Mapping[str, tuple[
             continue
         start = time.monotonic()
         case = answered(subject.model, *subject.cases[task][index](), [method for method, _ in candidates.values()])
-        found = {name: costs(case, method, profile) for name, (method, profile) in candidates.items()}
+        found = costs(case, candidates)
         row = {"split": split, "task": task, "case": index, "length": length, "passages": digest()}
         row |= {"tokens": case.n_tokens[0], "found": found}
         with out.open("a") as file:

@@ -19,6 +19,7 @@ from prefixkv_cache.cache.compat import HOOKED_METHOD
 from prefixkv_cache.cache.guards import image_mask_of
 from prefixkv_cache.calibration.measure import AnsweredPrompt, Cost
 from prefixkv_cache.calibration.observe import ObservedCache, Scores
+from prefixkv_cache.calibration.plan import Plan
 
 GRID = (0.1, 0.2, 0.5, 1.0)
 LENGTHS = (61, 44, 40)
@@ -186,13 +187,22 @@ def test_what_was_measured_is_what_the_cache_costs():
         warnings.simplefilter("ignore", UserWarning)
         profile = calibrate(model, samples(), by="measured", unit="head", budgets=[0.3], method=method)
     aside = AnsweredPrompt(model, samples()[1], [profile.method])
-    cost = aside.cost(aside.kept(profile.method, profile, 0.3))
+    cost = aside.costs([aside.kept(profile.method, profile, 0.3)])[0]
     assert profile.measured["budgets"]["0.3"]["kl"] == pytest.approx(cost.divergence.item(), rel=1e-3)
+
+
+def test_candidates_are_compared_at_few_budgets_and_the_best_is_measured_at_all():
+    assert Plan(by="measured").compared_at == (0.1, 0.2, 0.5)
+    assert Plan(by="measured", budgets=(0.3, 1.0)).compared_at == (0.3,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        profile = calibrate(models.shared("llava_gqa", "sdpa"), samples(), budgets=[0.1, 0.2, 0.3, 0.5, 1.0])
+    assert list(profile.measured["budgets"]) == ["0.1", "0.2", "0.3", "0.5", "1"]
 
 
 def test_a_profile_that_does_not_beat_uniform_lengths_says_so(monkeypatch):
     model = models.shared("llava_gqa", "sdpa")
-    monkeypatch.setattr(AnsweredPrompt, "cost", lambda self, kept: Cost(*[torch.ones(1)] * 3))
+    monkeypatch.setattr(AnsweredPrompt, "costs", lambda self, kept: [Cost(*[torch.ones(1)] * 3)] * len(kept))
     with pytest.warns(UserWarning, match="does not beat uniform lengths"):
         profile = calibrate(model, samples(), by="measured", budgets=[0.5])
     assert profile.measured["beats_uniform"] is False

@@ -10,6 +10,7 @@ import models
 from oracle import feed, open_attention
 from prefixkv_cache import PrefixKVCache, PrefixProfile, methods
 from prefixkv_cache.cache.guards import image_mask_of
+from prefixkv_cache.calibration import measure
 from prefixkv_cache.calibration.descent import Descent, fade
 from prefixkv_cache.calibration.forwards import positions_behind
 from prefixkv_cache.calibration.measure import AnsweredPrompt
@@ -55,7 +56,7 @@ def check_against_the_cache(prompt, inputs, by_head, method=methods.DEFAULT):
     for budget in (0.2, 0.35):
         cache = PrefixKVCache(profile, budget, config=model.config, image_mask=image)
         pruned = feed(model, inputs, prompt.answer, cache)[0][:, 1:].log_softmax(-1)
-        cost = prompt.cost(prompt.kept(method, profile, budget))
+        cost = prompt.costs([prompt.kept(method, profile, budget)])[0]
         assert torch.allclose(cost.divergence, (full.exp() * (full - pruned)).sum(-1).mean(1), atol=1e-9, rtol=1e-7)
         agree = full.argmax(-1) == pruned.argmax(-1)
         assert torch.equal(cost.agreement, agree.double().mean(1))
@@ -100,20 +101,49 @@ def test_the_answer_is_the_models_own_and_ends_where_it_ends():
     alone = AnsweredPrompt(model, models.alone("llava_gqa", LENGTHS, 1), [methods.DEFAULT], answer_tokens=12)
     kept = short.kept(methods.DEFAULT, profile_of(model, methods.DEFAULT, True), 0.2)
     own = alone.kept(methods.DEFAULT, profile_of(model, methods.DEFAULT, True), 0.2)
-    for together, by_itself in zip(short.cost(kept).table().T, alone.cost(own).table().T, strict=True):
+    for together, by_itself in zip(short.costs([kept])[0].table().T, alone.costs([own])[0].table().T, strict=True):
         assert together[1].item() == pytest.approx(by_itself[0].item(), rel=1e-9, abs=1e-12)
 
 
 def test_nothing_pruned_costs_nothing_and_nothing_is_left_behind():
     prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
-    assert prompt.cost({}).table().tolist() == [[0.0, 1.0, 1.0]] * 3
+    assert prompt.costs([{}])[0].table().tolist() == [[0.0, 1.0, 1.0]] * 3
     everything = {
         layer: torch.ones_like(mask) for layer, mask in prompt.kept(methods.DEFAULT, uniform(0.5), 0.5).items()
     }
-    assert prompt.cost(everything).divergence.max() < 1e-12
-    before = prompt.cost(prompt.kept(methods.DEFAULT, uniform(0.5), 0.5)).divergence
+    assert prompt.costs([everything])[0].divergence.max() < 1e-12
+    before = prompt.costs([prompt.kept(methods.DEFAULT, uniform(0.5), 0.5)])[0].divergence
     prompt.reconstruction()
-    assert torch.equal(prompt.cost(prompt.kept(methods.DEFAULT, uniform(0.5), 0.5)).divergence, before)
+    assert torch.equal(prompt.costs([prompt.kept(methods.DEFAULT, uniform(0.5), 0.5)])[0].divergence, before)
+
+
+def test_an_answer_found_before_is_taken():
+    inputs = models.batch("llava_gqa", LENGTHS)
+    first = answered("llava_gqa", inputs)
+    again = AnsweredPrompt(first.model, inputs, [methods.DEFAULT], answer_tokens=99, answer=first.answer)
+    kept = first.kept(methods.DEFAULT, uniform(0.5), 0.5)
+    assert torch.equal(again.answer, first.answer)
+    assert torch.equal(again.costs([kept])[0].table(), first.costs([kept])[0].table())
+
+
+@pytest.mark.parametrize("family", ["llava_gqa", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_several_choices_together_cost_what_each_costs_alone(family, rows, monkeypatch):
+    lengths = LENGTHS[:rows]
+    inputs = models.batch(family, lengths)
+    prompt = answered(family, inputs)
+    choices = [prompt.kept(methods.DEFAULT, None, budget) for budget in (0.2, 0.5)]
+    last = max(choices[1])
+    choices += [{}, {last: choices[0][last]}]
+    gates = [{layer: torch.where(mask, 0.0, -1.0).double() for layer, mask in each.items()} for each in choices[:2]]
+    answer, found = prompt.continuations()[0], []
+    for limit in (10**6, 1, 2 * answer.fed.numel()):
+        monkeypatch.setattr(measure, "_TOKENS_TOGETHER", limit)
+        costs = torch.stack([cost.table() for cost in prompt.costs(choices)])
+        found.append([costs, torch.cat(list(prompt.faded_divergences(gates, answer)))])
+    assert costs[2].tolist() == [[0.0, 1.0, 1.0]] * rows and 0 < costs[3, 0, 0] < costs[0, 0, 0]
+    for together, others in zip(found[0], zip(*found[1:], strict=True), strict=True):
+        assert all(torch.allclose(together, other, atol=1e-10) for other in others)
 
 
 def uniform(budget, n_layers=6):
@@ -130,10 +160,10 @@ def test_losses_are_the_costs_of_single_layers_and_heads():
             keep = torch.ones(6, 2, dtype=torch.float64)
             keep[layer] = ratio
             kept = prompt.kept(methods.DEFAULT, PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
-            assert torch.allclose(prompt.cost(kept).divergence, by_layer[:, at, layer, 0])
+            assert torch.allclose(prompt.costs([kept])[0].divergence, by_layer[:, at, layer, 0])
             keep[layer, 0] = 1.0
             kept = prompt.kept(methods.DEFAULT, PrefixProfile([keep.mean().item()], keep[None]), keep.mean().item())
-            assert torch.allclose(prompt.cost(kept).divergence, by_head[:, at, layer, 1])
+            assert torch.allclose(prompt.costs([kept])[0].divergence, by_head[:, at, layer, 1])
 
 
 # Reconstruction.
@@ -217,8 +247,8 @@ def test_pairs_that_are_faded_out_are_masked(family):
     prompt = answered(family, inputs)
     kept = prompt.kept(methods.DEFAULT, profile_of(prompt.model, methods.DEFAULT, True), 0.2)
     gates = {layer: torch.zeros(mask.shape).double().masked_fill(~mask, -1e9) for layer, mask in kept.items()}
-    faded = prompt.faded_divergence(gates, prompt.continuations()[0])
-    assert torch.allclose(faded, prompt.cost(kept).divergence, atol=1e-9, rtol=1e-7)
+    (faded,) = next(prompt.faded_divergences([gates], prompt.continuations()[0]))
+    assert torch.allclose(faded, prompt.costs([kept])[0].divergence, atol=1e-9, rtol=1e-7)
 
 
 def test_the_slope_is_that_of_differences():
@@ -228,7 +258,7 @@ def test_the_slope_is_that_of_differences():
 
     def cost(ratios):
         gates = {layer: fade(entry, ratio, 0.1) for (layer, entry), ratio in zip(entries.items(), ratios, strict=True)}
-        return prompt.faded_divergence(gates, answer).sum()
+        return next(prompt.faded_divergences([gates], answer)).sum()
 
     with prompt.frozen(), torch.enable_grad():
         cost(ratios).backward()

@@ -68,14 +68,16 @@ class Descent:
             ratios = self.ratios()
             # Each loss frees its own graph; what it says of the ratios is gathered here, and goes further back once.
             gathered = ratios.detach().requires_grad_(True)
-            for of_layers in gathered:
-                for continuation in continuations:
-                    gates = {
+            for continuation in continuations:
+                gates = [
+                    {
                         index: fade(entry, ratio.to(entry.device), temperature)
                         for (index, entry), ratio in zip(entries.items(), of_layers, strict=True)
                     }
-                    loss = (prompt.faded_divergence(gates, continuation) + _NOTHING).log().mean()
-                    loss = loss / (len(self.anchors) * len(continuations))
+                    for of_layers in gathered
+                ]
+                for divergences in prompt.faded_divergences(gates, continuation):
+                    loss = (divergences + _NOTHING).log().mean(1).sum() / (len(self.anchors) * len(continuations))
                     loss.backward()
                     total += loss.item()
             ratios.backward(gathered.grad)

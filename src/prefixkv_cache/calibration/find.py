@@ -91,12 +91,12 @@ def weigh(
 ) -> list[Row]:
     """What all candidates cost in each row of a sample: [divergence, agreement, exact] at each of these budgets."""
     prompt = answered(model, plan, sample, [each.method for each in candidates.values()])
-    tables = {}
-    for name, each in candidates.items():
+    kept = []
+    for each in candidates.values():
         profile = PrefixProfile(list(plan.budgets), each.keep.expand(-1, len(prompt.layers), -1))
-        costs = [prompt.cost(prompt.kept(each.method, profile, budget)) for budget in budgets]
-        tables[name] = torch.stack([cost.table() for cost in costs], dim=1)  # [batch, n_budgets, 3]
-    return _rows(prompt, tables)
+        kept += [prompt.kept(each.method, profile, budget) for budget in budgets]
+    costs = torch.stack([cost.table() for cost in prompt.costs(kept)], dim=1)  # [batch, n_candidates * n_budgets, 3]
+    return _rows(prompt, dict(zip(candidates, costs.split(len(budgets), dim=1), strict=True)))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -56,12 +56,19 @@ class Forwards:
             return None
         return self._first_step + torch.arange(start, start + width, device=self._first_step.device)
 
-    def restore(self, cache: ObservedCache) -> None:
-        """Bring the cache back to the end of the prompt."""
+    @property
+    def can_copy(self) -> bool:
+        """Whether all that the cache holds of the prompt are pairs, which can be copied along the batch."""
+        return not any(map(_is_in_place, self._cache.layers))
+
+    def restore(self, cache: ObservedCache, copies: int = 1) -> None:
+        """Bring the cache back to the end of the prompt, with so many copies of it along the batch."""
         for layer, saved in zip(cache.layers, self._saved, strict=True):
             own = vars(layer)
             own.clear()
             own.update(copy.deepcopy(saved) if _is_in_place(layer) else saved)
+            if copies > 1:
+                layer.keys, layer.values = (_repeated(each, copies) for each in (layer.keys, layer.values))
 
     def repeat_prompt(self, mask: Tensor | None, order: Tensor | None) -> None:
         """Feed the decoder the prompt once more, behind itself.
@@ -98,6 +105,11 @@ def _in_order(value: Any, order: Tensor, name: str) -> Any:
 def _is_in_place(layer: Any) -> bool:
     """Whether the layer's tensors change in place, as the states of linear attention do."""
     return not hasattr(layer, "keys") or hasattr(layer, "conv_states")
+
+
+def _repeated(pairs: Tensor, copies: int) -> Tensor:
+    # A view where it can be: the update that follows copies anyway.
+    return pairs.expand(copies, -1, -1, -1) if len(pairs) == 1 else pairs.repeat(copies, 1, 1, 1)
 
 
 def _state(layer: Any) -> dict[str, Any]:

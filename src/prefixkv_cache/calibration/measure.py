@@ -1,9 +1,10 @@
 """What pruning a prompt costs, for any lengths, without pruning it: pruning equals masking.
 
-The prompt is fed once, with a full cache, and the model answers greedily. From then on each candidate is one forward of
-the answer's tokens in which the attention hook hides the pruned pairs, head by head. Cost is the KL divergence of the
-next-token distributions from the full cache's, and the share of tokens on which both agree. What leaves while decoding
-is not part of it. The same full cache reads the prompt a second time for the reconstruction scores.
+The prompt is fed once, with a full cache, and the model answers greedily. From then on each candidate is one row of a
+forward of the answer's tokens in which the attention hook hides the pruned pairs, head by head. Cost is the KL
+divergence of the next-token distributions from the full cache's, and the share of tokens on which both agree. What
+leaves while decoding is not part of it. The same full cache reads the prompt a second time for the reconstruction
+scores.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ANSWER_TOKENS = 40
 """Length of the answers, at most."""
 _LEAD, _REPEATED = 24, 64  # tokens of a prompt that are fed once more: first some that are not measured
 _LADDER = 64  # steps in which it is found at which ratio a pair comes in
+# Forwards of a few tokens wait for the weights. So candidates go through together, up to so many tokens, and pairs.
+_TOKENS_TOGETHER, _BYTES_TOGETHER = 320, 2**30
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class AnsweredPrompt:
         """Of these tokens [batch, n], each predicted from those before it; counting: bool [batch, n - 1]."""
         fed, targets = tokens[:, :-1], tokens[:, 1 + skipped :]
         with torch.no_grad():
-            full = self._log_probs(fed, {})[:, skipped:]
+            full = self._log_probs(fed)[:, skipped:]
         return Continuation(fed, skipped, targets, counting[:, skipped:], full)
 
     def continuations(self) -> list[Continuation]:
@@ -221,19 +224,22 @@ class AnsweredPrompt:
         Returns:
             For each row, float64 [n_ratios, n_layers, n_heads or 1].
         """
-        table = [[self._loss(method, place, ratio, unit) for place in range(len(self.layers))] for ratio in ratios]
-        return list(torch.stack([torch.stack(row) for row in table]).permute(3, 0, 1, 2))
+        table = torch.stack([self._losses(method, place, ratios, unit) for place in range(len(self.layers))])
+        return list(table.permute(3, 1, 0, 2))
 
-    def _loss(self, method: Method, place: int, ratio: float, unit: str) -> Tensor:
-        """float64 [n_heads or 1, batch]."""
+    def _losses(self, method: Method, place: int, ratios: Sequence[float], unit: str) -> Tensor:
+        """float64 [n_ratios, n_heads or 1, batch], of one layer."""
         prompt, index = self._prompts[score_key(method)][place], self.layers[place]
-        kept = _kept_at(ratio, prompt, method, method.lengths.floor)
-        others, heads = torch.ones_like(kept), torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device)[..., None]
-        masks = [kept] if unit == "layer" else [torch.where(head, kept, others) for head in heads]
-        return torch.stack([self.cost({index: mask}).divergence for mask in masks]).cpu()
+        masks = []
+        for ratio in ratios:
+            kept = _kept_at(ratio, prompt, method, method.lengths.floor)
+            heads = torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device)[..., None]
+            masks += [kept] if unit == "layer" else [kept | ~head for head in heads]
+        found = torch.stack([cost.divergence for cost in self.costs([{index: mask} for mask in masks])]).cpu()
+        return found.view(len(ratios), -1, found.shape[1])
 
-    def cost(self, kept: Mapping[int, Tensor]) -> Cost:
-        """What it costs the answer when only these pairs of the prompt are there.
+    def costs(self, kept: Sequence[Mapping[int, Tensor]]) -> list[Cost]:
+        """What it costs the answer when only some pairs of the prompt are there, for each of several choices of them.
 
         The first token of a model's own answer comes from the prompt's own forward, before anything is pruned; it is
         left out.
@@ -241,11 +247,16 @@ class AnsweredPrompt:
         Args:
             kept: bool [batch, kv_heads, n] by layer index; a layer that is not there keeps everything.
         """
-        answer = self._answer
-        with torch.no_grad():
-            pruned = self._log_probs(answer.fed, kept)[:, answer.skipped :]
-        agrees = pruned.argmax(-1) == answer.full.argmax(-1)
-        return Cost(answer.divergence(pruned), _mean(agrees, answer.counting), answer.exact(pruned))
+        answer, found = self._answer, list[Cost]()
+        together = self._together(answer.fed)
+        for start in range(0, len(kept), together):
+            some = kept[start : start + together]
+            with torch.no_grad():
+                of_rows = self._log_probs(answer.fed, kept=_as_rows(some), copies=len(some))[:, answer.skipped :]
+            for pruned in of_rows.chunk(len(some)):
+                agrees = pruned.argmax(-1) == answer.full.argmax(-1)
+                found.append(Cost(answer.divergence(pruned), _mean(agrees, answer.counting), answer.exact(pruned)))
+        return found
 
     def full_exact(self) -> Tensor:
         """float64 [batch], 1.0 where the full cache writes the answer."""
@@ -266,14 +277,21 @@ class AnsweredPrompt:
             found[index] = torch.where(kept[0], torch.zeros_like(missing), missing / _LADDER)
         return found
 
-    def faded_divergence(self, gates: Mapping[int, Tensor], continuation: Continuation) -> Tensor:
-        """What it costs when pairs are seen to a degree: float64 [batch], differentiable.
+    def faded_divergences(self, gates: Sequence[Mapping[int, Tensor]], continuation: Continuation) -> Iterator[Tensor]:
+        """What it costs when pairs are seen to a degree: float64 [n, batch] for the first n choices, and so on.
+
+        Differentiable. Choices that go through the model together come together, so that their graph can be freed.
 
         Args:
             gates: [batch, kv_heads, n] by layer index, added to the attention logits of the prompt's pairs.
             continuation: what is fed.
         """
-        return continuation.divergence(self._log_probs(continuation.fed, {}, gates)[:, continuation.skipped :])
+        together = self._together(continuation.fed)
+        for start in range(0, len(gates), together):
+            some = gates[start : start + together]
+            of_rows = self._log_probs(continuation.fed, gates=_as_rows(some), copies=len(some))
+            parts = of_rows[:, continuation.skipped :].chunk(len(some))
+            yield torch.stack([continuation.divergence(pruned) for pruned in parts])
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -329,19 +347,34 @@ class AnsweredPrompt:
         ended = torch.isin(fed, torch.tensor(ends, device=fed.device, dtype=fed.dtype))
         return (ended.cumsum(1) - ended.long() == 0)[:, 1:]
 
-    def _log_probs(self, fed: Tensor, kept: Mapping[int, Tensor], gates: Mapping[int, Tensor] | None = None) -> Tensor:
-        """[batch, n_fed, vocabulary], of what follows these tokens behind the prompt."""
-        self._forwards.restore(self.cache)
-        self.cache.kept, self.cache.gates = kept, gates or {}
+    def _together(self, fed: Tensor) -> int:
+        """How many choices go through the model as rows of one batch."""
+        if not (self._at_once and self._forwards.can_copy):
+            return 1
+        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return max(1, min(_TOKENS_TOGETHER // fed.numel(), _BYTES_TOGETHER // stored))
+
+    def _log_probs(
+        self,
+        fed: Tensor,
+        kept: Mapping[int, Tensor] | None = None,
+        gates: Mapping[int, Tensor] | None = None,
+        copies: int = 1,
+    ) -> Tensor:
+        """[copies * batch, n_fed, vocabulary], of what follows these tokens behind so many copies of the prompt."""
+        self._forwards.restore(self.cache, copies)
+        self.cache.kept, self.cache.gates = kept or {}, gates or {}
+        mask = None if self._mask is None else self._mask.repeat(copies, 1)
+        fed = fed.repeat(copies, 1)
         width = fed.shape[1] if self._at_once else 1
         found = []
         with evaluating(self.model), torch.set_grad_enabled(gates is not None):
             for start in range(0, fed.shape[1], width):
                 more: dict[str, Any] = {}
                 if (positions := self._forwards.positions(start, width)) is not None:
-                    more["position_ids"] = positions
-                if self._mask is not None:
-                    more["attention_mask"] = torch.nn.functional.pad(self._mask, (0, start + width), value=1)
+                    more["position_ids"] = torch.cat([positions] * copies, dim=-2)
+                if mask is not None:
+                    more["attention_mask"] = torch.nn.functional.pad(mask, (0, start + width), value=1)
                 some = fed[:, start : start + width]
                 found.append(self.model(input_ids=some, past_key_values=self.cache, use_cache=True, **more).logits)
         self.cache.kept, self.cache.gates = {}, {}
@@ -356,6 +389,13 @@ def _check(model: Any) -> None:
     backend = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None) or "eager"
     if "flash" in backend:
         raise ValueError(f"{backend} cannot hide pairs of single heads; load the model with sdpa or eager attention")
+
+
+def _as_rows(choices: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """What is chosen for each layer, one choice behind the other along the batch; what one lacks hides nothing."""
+    examples = {index: mask for choice in choices for index, mask in choice.items()}
+    nothing = {index: torch.ones_like(mask) for index, mask in examples.items()}
+    return {index: torch.cat([choice.get(index, nothing[index]) for choice in choices]) for index in examples}
 
 
 def _mean(of_tokens: Tensor, counting: Tensor) -> Tensor:
