@@ -1,11 +1,11 @@
 """The default: what this library uses where neither a method nor a profile says otherwise.
 
-Every key head keeps its own keys, all heads equally many, a fifth of them the newest. Keys are ranked twice, and the
-better place counts. First by attention: the larger of two shares, each without the sink, from the prompt's last 16
-tokens, averaged over 13 neighbours, and from 64 tokens spread evenly over the prompt; times the norm of the value. Then
-by how far a key points away from the others (keydiff.py). The first sees what the question asks for and what a summary
-needs, the second what a later question may ask for (docs/study.md). The prompt's pairs stay while decoding, and an
-answer has 64 pairs a head to itself.
+Every key head keeps its own keys, all heads equally many, a fifth of them the newest. Keys are ranked by attention: the
+larger of two shares, each without the sink, from the prompt's last 16 tokens, averaged over 13 neighbours, and from 64
+tokens spread evenly over the prompt; times the norm of the value. Where more than a fifth of the prompt stays, keys
+that point away from the others (keydiff.py) come in as well. Attention sees what the question asks for and what a
+summary needs; an unlike key is what a later question may ask for, and below a fifth there is no room for it
+(docs/study.md). The prompt's pairs stay while decoding, and an answer has 64 pairs a head to itself.
 """
 
 import torch
@@ -16,16 +16,20 @@ from .keydiff import key_difference
 from .method import Decode, Lengths, Method, Protect, Ranking
 from .scores import ScoreInputs, attention, score_rule
 
+_ALONE = 5  # attention alone ranks the first fifth of the keys
+
 
 @score_rule("combined")
 def combined(inputs: ScoreInputs) -> Tensor:
-    """By attention and by key difference in turn, the best keys of each: float32 [batch, kv_heads, n], in (0, 1].
+    """By attention, and behind a fifth of the keys by key difference as well: float32 [batch, kv_heads, n], in (0, 1].
 
-    The place of a key is the better of the two, attention first: it scores 1 / (1 + twice its place), or by key
-    difference 1 / (2 + twice its place). So of any number of keys kept, about half are the best of either ranking.
+    The place of a key is the better of two: its place by attention, and a fifth of the row's keys plus half its place
+    by key difference. So from there on two keys come in for their direction where one does for attention.
     """
     first, second = (_places(rule(inputs), inputs.valid) for rule in (attention, key_difference))
-    return 1.0 / (1.0 + torch.minimum(2 * first, 2 * second + 1).float())
+    n = first.shape[-1] if inputs.valid is None else inputs.valid.sum(1)[:, None, None]
+    # In quarters of a place, so that no place of one ranking equals one of the other.
+    return 1.0 / (1.0 + torch.minimum(4 * first, 4 * (n // _ALONE) + 2 * second + 1).float())
 
 
 def _places(scores: Tensor, valid: Tensor | None) -> Tensor:
