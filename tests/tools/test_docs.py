@@ -71,6 +71,7 @@ def _load_locally(load, folders, name, *arguments, **options):
 def world(stand_in, tmp_path, monkeypatch):
     """The namespace that the blocks begin with; the current folder and the hub are set up as described above."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFIXKV_HOME", str(tmp_path / "kept"))
     (tmp_path / "models").symlink_to(ROOT / "models")
     shutil.copy(bundled_dir("profiles") / "llava-1.5-7b.safetensors", "my-profile.safetensors")
     for kind in (transformers.AutoConfig, transformers.AutoProcessor, transformers.AutoModelForImageTextToText):
