@@ -202,7 +202,9 @@ def test_candidates_are_compared_at_few_budgets_and_the_best_is_measured_at_all(
 
 def test_a_profile_that_does_not_beat_uniform_lengths_says_so(monkeypatch):
     model = models.shared("llava_gqa", "sdpa")
-    monkeypatch.setattr(AnsweredPrompt, "costs", lambda self, kept: [Cost(*[torch.ones(1)] * 3)] * len(kept))
+    monkeypatch.setattr(
+        AnsweredPrompt, "costs", lambda self, kept, later=False: [Cost(*[torch.ones(1)] * 4)] * len(kept)
+    )
     with pytest.warns(UserWarning, match="does not beat uniform lengths"):
         profile = calibrate(model, samples(), by="measured", budgets=[0.5])
     assert profile.measured["beats_uniform"] is False

@@ -107,7 +107,7 @@ def test_the_answer_is_the_models_own_and_ends_where_it_ends():
 
 def test_nothing_pruned_costs_nothing_and_nothing_is_left_behind():
     prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
-    assert prompt.costs([{}])[0].table().tolist() == [[0.0, 1.0, 1.0]] * 3
+    assert prompt.costs([{}])[0].table().tolist() == [[0.0, 1.0, 1.0, 0.0]] * 3
     everything = {
         layer: torch.ones_like(mask) for layer, mask in prompt.kept(methods.DEFAULT, uniform(0.5), 0.5).items()
     }
@@ -141,9 +141,30 @@ def test_several_choices_together_cost_what_each_costs_alone(family, rows, monke
         monkeypatch.setattr(measure, "_TOKENS_TOGETHER", limit)
         costs = torch.stack([cost.table() for cost in prompt.costs(choices)])
         found.append([costs, torch.cat(list(prompt.faded_divergences(gates, answer)))])
-    assert costs[2].tolist() == [[0.0, 1.0, 1.0]] * rows and 0 < costs[3, 0, 0] < costs[0, 0, 0]
+    assert costs[2].tolist() == [[0.0, 1.0, 1.0, 0.0]] * rows and 0 < costs[3, 0, 0] < costs[0, 0, 0]
     for together, others in zip(found[0], zip(*found[1:], strict=True), strict=True):
         assert all(torch.allclose(together, other, atol=1e-10) for other in others)
+
+
+def test_what_a_later_question_may_ask_for_is_measured_where_asked():
+    """The part of the prompt that is fed once more, behind the real cache."""
+    inputs = {"input_ids": models.words(1, 200), "attention_mask": torch.ones(1, 200, dtype=torch.int64)}
+    prompt = answered("llava_gqa", inputs)
+    kept = prompt.kept(methods.DEFAULT, uniform(0.2), 0.2)
+    (plain,), (cost,) = prompt.costs([kept]), prompt.costs([kept], later=True)
+    assert torch.equal(plain.later, plain.divergence) and torch.equal(cost.divergence, plain.divergence)
+    repeated = prompt.continuations()[1]
+    at = next(
+        at for at in range(200) if torch.equal(inputs["input_ids"][:, at : at + repeated.fed.shape[1]], repeated.fed)
+    )
+    assert at + repeated.fed.shape[1] < 200
+    fed, found = torch.cat([repeated.fed, repeated.fed[:, :1]], dim=1), []
+    for budget in (1.0, 0.2):
+        cache = PrefixKVCache(uniform(budget), budget, method=methods.DEFAULT.replace(**STAYING))
+        found.append(feed(prompt.model, inputs, fed, cache)[0][:, 1 + repeated.skipped :].log_softmax(-1))
+    full, pruned = found
+    divergence = (full.exp() * (full - pruned)).sum(-1).mean(1)
+    assert cost.later.item() == pytest.approx(divergence.item(), rel=1e-6) and divergence.item() > 1e-6
 
 
 def uniform(budget, n_layers=6):
@@ -383,13 +404,17 @@ def test_reconstruction_counts_are_one_pool():
 
 def test_the_best_is_the_one_that_diverges_least_against_uniform_lengths():
     costs = {
-        "uniform": [(0.5, 0.9), (0.1, 0.95)],
-        "loss/layer": [(0.3, 0.9), (0.09, 0.95)],
-        "reconstruction/head": [(0.4, 0.9), (0.01, 0.99)],
-        "mass/layer": [(0.9, 0.5), (0.3, 0.8)],
+        "uniform": [(0.5, 0.9, 0, 0.5), (0.1, 0.95, 0, 0.1)],
+        "loss/layer": [(0.3, 0.9, 0, 0.3), (0.09, 0.95, 0, 0.09)],
+        "reconstruction/head": [(0.4, 0.9, 0, 0.4), (0.01, 0.99, 0, 0.01)],
+        "mass/layer": [(0.9, 0.5, 0, 0.9), (0.3, 0.8, 0, 0.3)],
+        "paper": [(0.0, 1.0, 1, 0.0), (0.0, 1.0, 1, 0.0)],
     }
     assert best(costs) == "reconstruction/head"
     assert advantage(costs, "uniform") == 0 < advantage(costs, "mass/layer")
+    costs["good answers, bad later"] = [(0.01, 1.0, 1, 4.0), (0.01, 1.0, 1, 4.0)]
+    costs["good later"] = [(0.05, 1.0, 1, 0.05), (0.01, 1.0, 1, 0.005)]
+    assert best(costs) == "good later"
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,14 @@ def _reconstruction(prompt: AnsweredPrompt, plan: Plan) -> list[Tensor] | None:
 def weigh(
     model: Any, plan: Plan, candidates: Mapping[str, Candidate], budgets: Sequence[float], sample: Mapping[str, Any]
 ) -> list[Row]:
-    """What all candidates cost in each row of a sample: [divergence, agreement, exact] at each of these budgets."""
+    """What all candidates cost in each row of a sample: [divergence, agreement, exact, later] at these budgets."""
     prompt = answered(model, plan, sample, [each.method for each in candidates.values()])
     kept = []
     for each in candidates.values():
         profile = PrefixProfile(list(plan.budgets), each.keep.expand(-1, len(prompt.layers), -1))
         kept += [prompt.kept(each.method, profile, budget) for budget in budgets]
-    costs = torch.stack([cost.table() for cost in prompt.costs(kept)], dim=1)  # [batch, n_candidates * n_budgets, 3]
+    # [batch, n_candidates * n_budgets, 4]
+    costs = torch.stack([cost.table() for cost in prompt.costs(kept, later=True)], dim=1)
     return _rows(prompt, dict(zip(candidates, costs.split(len(budgets), dim=1), strict=True)))
 
 

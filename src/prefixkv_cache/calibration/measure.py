@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,15 +45,18 @@ class Cost:
         divergence: KL(full cache || pruned) of the next-token distributions in nats, the mean over the answer's tokens.
         agreement: share of the tokens that both caches hold most likely.
         exact: 1.0 where every token of the answer is the most likely one, so that greedy decoding writes it; else 0.0.
+        later: the divergence in a part of the prompt that is fed once more, where that was asked for and the prompt is
+            long text; else that of the answer.
     """
 
     divergence: Tensor
     agreement: Tensor
     exact: Tensor
+    later: Tensor
 
     def table(self) -> Tensor:
-        """[batch, 3]: divergence, agreement, exact."""
-        return torch.stack([self.divergence, self.agreement, self.exact], dim=-1)
+        """[batch, 4]: divergence, agreement, exact, later."""
+        return torch.stack([self.divergence, self.agreement, self.exact, self.later], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class AnsweredPrompt:
         self._at_once = not {kind for kind in whole_layer_kinds(model.config) if "sliding" not in kind}
         own = sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :] if answer is None else answer
         self._ids: Tensor | None = inputs.get("input_ids")
-        self._has_image = image is not None
+        self._has_image = image is not None and bool(image.any())
         self._answer = self._take_answer(own, given)
 
     def _take_answer(self, own: Tensor, given: tuple[Tensor, Tensor] | None) -> Continuation:
@@ -238,7 +241,7 @@ class AnsweredPrompt:
         found = torch.stack([cost.divergence for cost in self.costs([{index: mask} for mask in masks])]).cpu()
         return found.view(len(ratios), -1, found.shape[1])
 
-    def costs(self, kept: Sequence[Mapping[int, Tensor]]) -> list[Cost]:
+    def costs(self, kept: Sequence[Mapping[int, Tensor]], later: bool = False) -> list[Cost]:
         """What it costs the answer when only some pairs of the prompt are there, for each of several choices of them.
 
         The first token of a model's own answer comes from the prompt's own forward, before anything is pruned; it is
@@ -246,17 +249,26 @@ class AnsweredPrompt:
 
         Args:
             kept: bool [batch, kv_heads, n] by layer index; a layer that is not there keeps everything.
+            later: whether a part of the prompt is fed once more, too.
         """
         answer, found = self._answer, list[Cost]()
-        together = self._together(answer.fed)
+        for pruned in self._under(answer, kept):
+            divergence = answer.divergence(pruned)
+            agrees = _mean(pruned.argmax(-1) == answer.full.argmax(-1), answer.counting)
+            found.append(Cost(divergence, agrees, answer.exact(pruned), divergence))
+        for repeated in self.continuations()[1:] if later else []:
+            divergences = [repeated.divergence(pruned) for pruned in self._under(repeated, kept)]
+            found = [replace(cost, later=own) for cost, own in zip(found, divergences, strict=True)]
+        return found
+
+    def _under(self, continuation: Continuation, kept: Sequence[Mapping[int, Tensor]]) -> Iterator[Tensor]:
+        """For each choice of pairs, the log-probabilities [batch, n, vocabulary] of what is measured."""
+        together = self._together(continuation.fed)
         for start in range(0, len(kept), together):
             some = kept[start : start + together]
             with torch.no_grad():
-                of_rows = self._log_probs(answer.fed, kept=_as_rows(some), copies=len(some))[:, answer.skipped :]
-            for pruned in of_rows.chunk(len(some)):
-                agrees = pruned.argmax(-1) == answer.full.argmax(-1)
-                found.append(Cost(answer.divergence(pruned), _mean(agrees, answer.counting), answer.exact(pruned)))
-        return found
+                of_rows = self._log_probs(continuation.fed, kept=_as_rows(some), copies=len(some))
+            yield from of_rows[:, continuation.skipped :].chunk(len(some))
 
     def full_exact(self) -> Tensor:
         """float64 [batch], 1.0 where the full cache writes the answer."""

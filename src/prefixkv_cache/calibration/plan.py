@@ -30,22 +30,23 @@ UNIFORM, PAPER = "uniform", "paper"
 """Candidates that the others are held against: equal lengths, and the paper's ranking and search."""
 REFERENCES = (UNIFORM, PAPER)
 RANKINGS = (
+    "default:floor=8",
     "default:floor=16",
-    "default:floor=28",
     "default:score=attention;recent=0.1",
-    "default:score=attention;recent=0.1;floor=16",
+    "default:score=attention;recent=0.1;floor=8",
 )
 """Methods that the best lengths are also tried with, where no method was asked for."""
 WRITTEN = ("method", "n_layers", "n_heads", "by", "measured")
 """Metadata that the calibrator writes by what it found."""
 
+_DIVERGENCE, _LATER = 0, 3  # places in a row of costs
 _NOTHING = 1e-3  # a divergence far below it is no difference worth a choice, in nats a token
 # The spread takes about six bytes a value; larger tables would not fit beside the rest in a profile's header.
 _MAX_SPREAD_VALUES = 2**16
 
 Row = dict[str, Any]
-Costs = dict[str, list[tuple[float, float, float]]]
-"""By proposal: (divergence, agreement, exact) at each budget."""
+Costs = dict[str, list[tuple[float, float, float, float]]]
+"""By proposal: (divergence, agreement, exact, later) at each budget, as `measure.Cost` has them."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +188,10 @@ class Plan:
         """The lengths of one candidate, with each of the other rankings."""
         return {f"{name}, {method.spell()}": Candidate(keep, method) for method in self.rankings}
 
-    def improved(self, keep: Tensor, method: Method) -> dict[str, Candidate]:
-        """Lengths that were improved by gradient, as they are and with the floors of the other rankings."""
-        floors = dict.fromkeys(each.lengths.floor for each in (method, *self.rankings))
-        found = {floor: Candidate(keep, method.replace(floor=floor)) for floor in floors}
-        return {
-            f"gradient/{self.unit}" + (f", floor {floor}" if floor != method.lengths.floor else ""): each
-            for floor, each in found.items()
-        }
+    def improved(self, keep: Tensor) -> dict[str, Candidate]:
+        """Lengths that were improved by gradient, with each of the rankings."""
+        name = f"gradient/{self.unit}"
+        return {name: Candidate(keep, self.method), **self.ranked(name, keep)}
 
     def descent(self, keep: Tensor, n_layers_and_heads: tuple[int, int], visits: int) -> Descent:
         """The descent from these lengths."""
@@ -242,10 +239,16 @@ def mean_costs(rows: Sequence[Row]) -> Costs:
 
 
 def advantage(costs: Costs, name: str) -> float:
-    """Mean over the budgets of log(divergence / that of uniform lengths): negative where it is better."""
-    pairs = zip(costs[name], costs[UNIFORM], strict=True)
-    logs = [math.log((kl + _NOTHING) / (uniform + _NOTHING)) for (kl, *_), (uniform, *_) in pairs]
-    return math.fsum(logs) / len(logs)
+    """Mean over the budgets of log(divergence / that of uniform lengths): negative where it is better.
+
+    The answer's divergence and that of a part of the prompt count alike: a user may ask again.
+    """
+    pairs = [
+        (own[place], uniform[place])
+        for own, uniform in zip(costs[name], costs[UNIFORM], strict=True)
+        for place in (_DIVERGENCE, _LATER)
+    ]
+    return math.fsum(math.log((own + _NOTHING) / (uniform + _NOTHING)) for own, uniform in pairs) / len(pairs)
 
 
 def best(costs: Costs) -> str:
@@ -257,7 +260,7 @@ def measured_field(costs: Costs, name: str, budgets: Sequence[float], n_samples:
     """The metadata `measured` of a profile: JSON, by budget, with uniform lengths and the paper beside."""
     beside = [(name, ""), *((each, f"{each}_") for each in REFERENCES if each in costs)]
     fields = [f"{prefix}{field}" for _, prefix in beside for field in ("kl", "agreement", "exact")]
-    columns = [costs[each] for each, _ in beside]
+    columns = [[row[:_LATER] for row in costs[each]] for each, _ in beside]
     rows = [[value for cost in row for value in cost] for row in zip(*columns, strict=True)]
     by_budget = {
         f"{budget:g}": dict(zip(fields, (float(f"{value:.4g}") for value in row), strict=True))
@@ -324,9 +327,10 @@ def _spread(plan: Plan, name: str, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def table(costs: Costs, budgets: Sequence[float]) -> Iterable[str]:
-    """Lines of the measured divergences, the best proposal first."""
-    shown = [place for place, budget in enumerate(budgets) if budget < 1]
-    width = max(map(len, costs))
-    yield f"{'KL to the full cache at':{width}}  " + "".join(f"{budgets[place]:>8g}" for place in shown)
+    """Lines of the measured divergences, the best proposal first: of the answer, and of a part of the prompt."""
+    shown = [(field, place) for field in (_DIVERGENCE, _LATER) for place, each in enumerate(budgets) if each < 1]
+    width, half = max(map(len, costs)), 8 * len(shown) // 2
+    yield f"{'KL to the full cache':{width}}  {'of the answer at':>{half}}{'of the prompt again at':>{max(half, 24)}}"
+    yield f"{'':{width}}  " + "".join(f"{budgets[place]:>8g}" for _, place in shown)
     for name in sorted(costs, key=lambda name: advantage(costs, name)):
-        yield f"{name:{width}}  " + "".join(f"{costs[name][place][0]:8.3f}" for place in shown)
+        yield f"{name:{width}}  " + "".join(f"{costs[name][place][field]:8.3f}" for field, place in shown)

@@ -141,7 +141,7 @@ class Run:
         rows = self.rows(stage)
         if not rows:
             return {}
-        return self.plan.improved(torch.tensor(rows[0]["tables"]["keep"], dtype=torch.float64), candidate.method)
+        return self.plan.improved(torch.tensor(rows[0]["tables"]["keep"], dtype=torch.float64))
 
     def _best(self, rounds: Sequence[Round]) -> tuple[str, Candidate] | None:
         """The best of the candidates so far; None where nothing could be measured."""
