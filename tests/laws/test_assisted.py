@@ -13,6 +13,10 @@ from transformers import DynamicCache, GenerationMixin
 
 import compat
 import models
+import zoo
+import zoo_inputs
+from double import float64
+from prefixkv_cache import PrefixKVCache
 from watch import CLOSE, Case, greedy, kept_by_head
 
 NEW = 20
@@ -121,6 +125,26 @@ def test_beside_layers_that_slide(assist):
     ids, our_logits, _ = assist(case.model, case.prompt(), assisted, answer)
     assert torch.equal(ids, answer) and (our_logits - logits).abs().max() < ROUNDED
     assert_alike(assisted, plain, case)
+
+
+@pytest.mark.skipif(not compat.ANNOUNCES_ASSISTED_DECODING, reason="whole layers cannot be cropped past their window")
+@pytest.mark.parametrize(("n", "wrong"), [(4, 5), (9, 7)], ids=["some", "long"])
+@pytest.mark.parametrize("model_type", ["mistral (sliding)", "gemma3"])
+def test_layers_that_slide_and_are_pruned(assist, model_type, n, wrong):
+    """The window moves on while candidates wait, and the oldest pair leaves for each that is confirmed."""
+    with float64():
+        model, length = zoo.tiny(model_type, "sdpa"), 2 * zoo.WINDOW
+        inputs, given = zoo_inputs.inputs(model_type, (length,), model), {"prune_sliding": "sliding" not in model_type}
+        plain, assisted = (
+            PrefixKVCache(budget=0.4, method="default:headroom=2", config=model.config, **given) for _ in range(2)
+        )
+        answer, logits = greedy(model, inputs, plain, new=NEW)
+        ids, our_logits, script = assist(model, inputs, assisted, answer, n, wrong)
+        assert torch.equal(ids, answer) and (our_logits - logits).abs().max() < ROUNDED
+        assert any(layer.window == zoo.WINDOW for layer in assisted.layers) and 0 < script.confirmed < script.proposed
+        for layer in range(len(plain.layers)):
+            own, wanted = (cache.kept_positions(layer).sort(-1)[0] for cache in (assisted, plain))
+            assert own.equal(wanted)
 
 
 @pytest.mark.parametrize("budget", [0.4, 1.0])

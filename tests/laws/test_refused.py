@@ -12,6 +12,7 @@ import transformers
 
 import compat
 import models
+import zoo
 from oracle import feed
 from prefixkv_cache import PrefixKVCache, PrefixProfile
 from watch import Case, make_profile, run
@@ -144,3 +145,35 @@ def test_eager_attention_that_cannot_be_seen(family):
     cache.reset()
     model.set_attn_implementation("sdpa")
     assert torch.equal(feed(model, case.prompt(), models.words(3, 5), cache)[0], run(case)[0])
+
+
+def test_latent_attention_has_no_heads_to_speak_of():
+    """No lengths by head, at construction; no candidates in the prompt's own forward, before anything is stored."""
+    model = zoo.tiny("deepseek_v3", "sdpa")
+    n_layers = len(PrefixKVCache(config=model.config).layers)
+    with pytest.raises(ValueError, match="a length for each of 4 key heads, but this model has latent attention"):
+        PrefixKVCache(make_profile(n_layers, 4), budget=0.5, config=model.config)
+    inputs = {"input_ids": torch.tensor([[7, 8, 9, 10] * 5])}
+    for method in ("default", "prefixkv"):  # those that prune at once, and those that wait for all layers
+        cache = PrefixKVCache(budget=0.5, method=method, config=model.config)
+        with pytest.raises(NotImplementedError, match=r"latent attention.*max_new_tokens=1.*then go on"):
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=3)
+        assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+def test_what_does_not_go_with_offloading():
+    with pytest.raises(ValueError, match=r"max_new_tokens plans.*offloading=True.*leave one of them out"):
+        PrefixKVCache(budget=0.5, offloading=True, max_new_tokens=8)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="offloading=True needs streams, which a GPU has"):
+            PrefixKVCache(budget=0.5, offloading=True)
+
+
+def test_assistance_and_offloading_exclude_each_other():
+    """Said when decoding begins; the switch is thrown by hand, as a CPU has no streams to offload by."""
+    case = Case("default", lengths=(61,))
+    cache = case.cache()
+    cache.offloading = True
+    with pytest.raises(ValueError, match="take tokens back, which a cache with offloading does not allow"):
+        case.model.generate(**case.prompt(), past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=3)
+    assert cache.get_seq_length() == 0

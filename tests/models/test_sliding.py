@@ -120,6 +120,20 @@ def test_a_long_answer_moves_the_window_past_the_prompt():
     assert max(cache.stored_lengths()) <= 0.5 * (WINDOW - 1) + 2
 
 
+@pytest.mark.parametrize("model_type", ["mistral (sliding)", "gemma3"])
+@pytest.mark.parametrize("headroom", [0, 2])
+def test_planned_steps_under_the_window(model_type, headroom):
+    """As many steps as the plan knows, then more without it, then a turn with a plan of its own."""
+    with float64():
+        case, method = case_of(model_type, "sdpa"), f"default:headroom={headroom}"
+        given = {"config": case.model.config, "prune_sliding": model_type in HYBRIDS, "method": method}
+        planned, growing = (PrefixKVCache(budget=BUDGET, max_new_tokens=n, **given) for n in (STEPS - 2, None))
+        log, _ = assert_pruning_equals_masking(case, planned)
+        wanted, _ = assert_pruning_equals_masking(case, growing)
+        for own, other in zip(log, wanted, strict=True):
+            assert all(own[at].sort(-1)[0].equal(other[at].sort(-1)[0]) for at in other)
+
+
 def test_what_cannot_be(tmp_path):
     config = zoo.tiny_config("mistral (sliding)")
     with pytest.raises(TypeError, match="prune_sliding must be True or False; got 1"):

@@ -10,7 +10,8 @@ and the documentation cannot show, and what lies on the hub; both are stand-ins 
 - the hub takes and gives profiles: it is a folder;
 - `my-profile.safetensors`, `cat.png` and the folder `models` of this repository lie in the current folder.
 
-A block that cannot run with these is written differently, or the stand-ins grow. None is skipped.
+A block that cannot run with these is written differently, or the stand-ins grow. None is skipped, but where the library
+that quantises is not installed, pages that use it.
 """
 
 import re
@@ -110,6 +111,8 @@ def test_the_pages_that_show_python_are_found():
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_the_python_of_a_page_runs(page, world):
     ran = 0
+    if any("quantize=" in text for _, text in blocks(page, "python")):
+        pytest.importorskip("optimum.quanto", reason="needs optimum-quanto: pip install -e '.[quantize]'")
     for line, text in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + text, str(page), "exec"), world)
         ran += 1

@@ -10,7 +10,7 @@ import models
 from oracle import feed, open_attention
 from prefixkv_cache import PrefixKVCache, PrefixProfile, methods
 from prefixkv_cache.cache.guards import image_mask_of
-from prefixkv_cache.calibration import measure
+from prefixkv_cache.calibration import forwards
 from prefixkv_cache.calibration.descent import Descent, fade
 from prefixkv_cache.calibration.forwards import positions_behind
 from prefixkv_cache.calibration.measure import AnsweredPrompt
@@ -138,7 +138,7 @@ def test_several_choices_together_cost_what_each_costs_alone(family, rows, monke
     gates = [{layer: torch.where(mask, 0.0, -1.0).double() for layer, mask in each.items()} for each in choices[:2]]
     answer, found = prompt.continuations()[0], []
     for limit in (10**6, 1, 2 * answer.fed.numel()):
-        monkeypatch.setattr(measure, "_TOKENS_TOGETHER", limit)
+        monkeypatch.setattr(forwards, "_TOKENS_TOGETHER", limit)
         costs = torch.stack([cost.table() for cost in prompt.costs(choices)])
         found.append([costs, torch.cat(list(prompt.faded_divergences(gates, answer)))])
     assert costs[2].tolist() == [[0.0, 1.0, 1.0, 0.0]] * rows and 0 < costs[3, 0, 0] < costs[0, 0, 0]

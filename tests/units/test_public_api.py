@@ -75,7 +75,7 @@ def arguments(function):
 
 def test_what_the_contract_fixes():
     """Whatever the snapshot is made to say."""
-    names = ["method", "config", "image_mask", "max_new_tokens", "prune_sliding", "offloading", "max_bytes"]
+    names = ["method", "config", "image_mask", "max_new_tokens", "prune_sliding", "quantize", "offloading", "max_bytes"]
     constructor = arguments(PrefixKVCache)
     assert constructor[:3] == ["profile=None", "budget=0.5", "*"]
     assert [part.partition("=")[0] for part in constructor[3:]] == names

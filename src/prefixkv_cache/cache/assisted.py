@@ -78,6 +78,7 @@ class AssistedDecoding(Cache):
     layers: list[Any]
     offloading: bool
     max_new_tokens: int | None
+    quantize: str | None
     _by_generate = False  # whether `generate` has announced candidates, rather than a loop of one's own
     _n_candidates = 0  # of the forward that is running
     _twin: Any = None
@@ -90,15 +91,16 @@ class AssistedDecoding(Cache):
         """Be ready for candidates, which may be taken back after each forward.
 
         Raises:
-            ValueError: decode steps were planned beforehand, or are offloaded.
+            ValueError: decode steps were planned beforehand, or pairs are offloaded or quantised.
         """
         self._refuse_candidates()
         self._by_generate = _called_by_generate()
         super().activate_past_recording()
 
     def _refuse_candidates(self) -> None:
-        if self.max_new_tokens is not None or self.offloading:
-            name = "max_new_tokens" if self.max_new_tokens is not None else "offloading=True"
+        given = {"max_new_tokens": self.max_new_tokens, "offloading": self.offloading, "quantize": self.quantize}
+        name = next((name for name, value in given.items() if value), None)
+        if name is not None:
             raise ValueError(
                 f"assisted decoding and prompt look-up take tokens back, which a cache with {name} does not allow; "
                 "make the cache without it"

@@ -43,6 +43,8 @@ from .lengths import LengthSource, length_source
 from .loaded import name_of
 from .pipeline import prune_ready
 from .prompt import Padding
+from .quantized import quantizing_prompt
+from .quantizers import Quantizer, find_quantizer
 from .quick_profile import quick_profile
 from .saved import SavedCaches
 from .segments import SegmentRule
@@ -80,12 +82,16 @@ class PrefixKVCache(
         prune_sliding: whether layers with a sliding window are pruned, too, inside their window, in models that have
             layers of full attention beside them. Where every layer slides, they are in any case. Needs the config, and
             eager, sdpa or flex attention.
+        quantize: `"int8"` or `"int4"`: what is kept is stored in so many bits, by optimum-quanto, but for the newest
+            pairs (quantized.py); `"hqq-int8"` or `"hqq-int4"`: by hqq. None: as the model made it. Layers that are left
+            whole are not quantised.
         offloading: keep the pairs of all layers but the current one and the next in CPU memory (CUDA only), as
             transformers' own caches do.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
 
     Raises:
         TypeError, ValueError: an argument is not what is described above.
+        ImportError: the library that quantises is not installed.
         ProfileError: the profile cannot be read, or is for another number of layers or key heads than the model has.
     """
 
@@ -99,6 +105,7 @@ class PrefixKVCache(
         image_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
         prune_sliding: bool = False,
+        quantize: str | None = None,
         offloading: bool = False,
         max_bytes: int = DEFAULT_MAX_BYTES,
     ):
@@ -108,7 +115,8 @@ class PrefixKVCache(
         self.max_new_tokens = None if max_new_tokens is None else check_integer("max_new_tokens", max_new_tokens, 1)
         self.max_bytes = check_integer("max_bytes", max_bytes, 1)
         self._model_name = name_of(config)
-        self._rule = _segment_rule(self.method, self.max_new_tokens, offloading)
+        self.quantize = quantize
+        self._rule = _segment_rule(self.method, self.max_new_tokens, offloading, find_quantizer(quantize))
         self._sliding = _sliding(prune_sliding, self.budget, config)
         self._facts = ModelFacts.of_config(config, self._sliding)
         self._source: LengthSource | None = None
@@ -200,7 +208,7 @@ class PrefixKVCache(
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key and value tensors allocated, spare room included."""
+        """Bytes of the key and value tensors allocated, spare room included; quantised, codes and scales."""
         return sum(layer.nbytes if isinstance(layer, PrunedLayer) else nbytes_of(layer) for layer in self.layers)
 
     # What transformers calls.
@@ -339,16 +347,23 @@ def _sliding(prune_sliding: Any, budget: float | int, config: Any) -> Sliding:
     return Sliding(prune_sliding and not everything, not everything)
 
 
-def _segment_rule(method: Method, max_new_tokens: int | None, offloading: bool) -> SegmentRule:
+def _segment_rule(
+    method: Method, max_new_tokens: int | None, offloading: bool, quantizer: Quantizer | None
+) -> SegmentRule:
     counts_received = method.decode.evict == "least-important"
     if max_new_tokens is not None and (offloading or counts_received):
         raise ValueError(
             "max_new_tokens plans the decode steps beforehand, which evict='least-important' and offloading=True "
             "do not allow; leave one of them out"
         )
+    if quantizer is not None and (offloading or max_new_tokens is not None):
+        other = "offloading=True" if offloading else "max_new_tokens, which plans decode steps at fixed addresses"
+        raise ValueError(f"quantize={quantizer.name!r} does not go with {other}; leave one of them out")
     protect = method.protect
-    policy = eviction_policy(method)
-    return SegmentRule(policy, protect.recent, protect.sink, protect.merge, counts_received, max_new_tokens)
+    rule = SegmentRule(
+        eviction_policy(method), protect.recent, protect.sink, protect.merge, counts_received, max_new_tokens
+    )
+    return rule if quantizer is None else replace(rule, prompt_pairs=quantizing_prompt(quantizer))
 
 
 def _load_profile(profile: Any) -> PrefixProfile | None:

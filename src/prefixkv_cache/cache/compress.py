@@ -69,6 +69,7 @@ class CompressedCaches(Cache):
         chunk: int = 2048,
         progress: Callable[[int, int], None] | None = None,
         max_new_tokens: int | None = None,
+        quantize: str | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> C:
         r"""Feed a context, prune it by what repeating it takes, and return the cache, ready to be asked.
@@ -89,6 +90,7 @@ class CompressedCaches(Cache):
             chunk: tokens of the second pass that are fed at once; also of the first, where there are no images.
             progress: called with (tokens read again, tokens in all) after each chunk.
             max_new_tokens: as of the constructor.
+            quantize: as of the constructor.
             max_bytes: ceiling for the temporaries of the scores, per layer.
 
         Raises:
@@ -101,13 +103,9 @@ class CompressedCaches(Cache):
         then = method if one_pass else later if later is not None or profile is not None else COMES_LATER
         cache = made(
             profile, budget, method=then, config=model.config, max_new_tokens=max_new_tokens, max_bytes=max_bytes,
-            image_mask=image_mask_of(inputs, model.config) if one_pass else None,
+            quantize=quantize, image_mask=image_mask_of(inputs, model.config) if one_pass else None,
         )  # fmt: skip
-        if any(getattr(layer, "window", None) for layer in cache.layers):
-            raise ValueError(
-                "every layer of this model has a sliding window, which holds no whole context to compress; "
-                "PrefixKVCache(..., config=model.config) prunes inside the window"
-            )
+        _refuse_windows(cache.layers)
         if one_pass:
             first_pass(model, inputs, cache, check_integer("chunk", chunk, 1))
         else:
@@ -116,6 +114,14 @@ class CompressedCaches(Cache):
         _end_turn(cache.layers)
         _note(cache, model, ids)
         return cache
+
+
+def _refuse_windows(layers: Sequence[Any]) -> None:
+    if any(getattr(layer, "window", None) for layer in layers):
+        raise ValueError(
+            "every layer of this model has a sliding window, which holds no whole context to compress; "
+            "PrefixKVCache(..., config=model.config) prunes inside the window"
+        )
 
 
 def _note(cache: Any, model: Any, ids: Tensor) -> None:

@@ -35,15 +35,17 @@ class Hints(Cache):
     profile: PrefixProfile | None
     budget: float | int
     method: Method
+    quantize: str | None
     _first_ids: Tensor | None = None
     _hinted: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         stored = [length for length in self.stored_lengths() if length] or [0]  # type: ignore[attr-defined]
         profile = "None" if self.profile is None else repr(self.profile.metadata.get("model", "unknown"))
+        bits = "" if self.quantize is None else f"quantize={self.quantize!r}, "
         own, full = self.nbytes, sum(map(full_bytes_of, self.layers))  # type: ignore[attr-defined]
         return (
-            f"PrefixKVCache(profile={profile}, budget={self.budget!r}, method={self.method.spell()!r}, "
+            f"PrefixKVCache(profile={profile}, budget={self.budget!r}, method={self.method.spell()!r}, {bits}"
             f"seen={int(self.get_seq_length())}, stored={round(sum(stored) / len(stored))} a head, "
             f"bytes={own} of {full} in a full cache)"
         )
@@ -95,7 +97,7 @@ def full_bytes_of(layer: Any) -> int:
     if layer.prompt is not None:  # its first prompt, whole
         tensors = [layer.prompt.keys, layer.prompt.values]
         return sum(each.nbytes for each in tensors) * layer.seen // layer.prompt.n_new
-    return sum(each.nbytes // each.shape[2] * layer.seen for each in layer.stored.tensors())
+    return layer.stored.pair_bytes * layer.seen
 
 
 def _begins_with(ids: Tensor | None, first: Tensor | None) -> bool | None:

@@ -19,7 +19,6 @@ from .heads import Kept
 from .layer_between import LayerBetweenForwards
 from .prompt import Prompt
 from .segments import Segment, SegmentRule, Shown
-from .storage import Pairs
 from .stored import StoredPairs
 
 
@@ -241,9 +240,13 @@ class PrunedLayer(LayerBetweenForwards, MaxLengthNames, CacheLayerMixin):
         if not self.segments:
             self.stored = StoredPairs([Segment(each.heads, self.rule) for each in kept], prompt.keys.shape[1])
             new = self._new_positions(prompt.n_new)
-            sources = [Pairs(s.own(prompt.keys), s.own(prompt.values), new) for s in self.segments]
+            found: list[Any] = [(s.own(prompt.keys), s.own(prompt.values), new) for s in self.segments]
         else:
-            sources = [Pairs(s.keys, s.values, s.read_positions()) for s in prompt.shown]  # pyright: ignore[reportArgumentType]
+            found = [(each.keys, each.values, each.read_positions()) for each in prompt.shown]
+        sources = [
+            self.rule.prompt_pairs(keys, values, positions, segment.pairs, prompt.n_new)
+            for segment, (keys, values, positions) in zip(self.segments, found, strict=True)
+        ]
         for segment, each, source in zip(self.segments, kept, sources, strict=True):
             if self.rule.counts_received:
                 source.received = segment.received_with(prompt.scores, prompt.keys)

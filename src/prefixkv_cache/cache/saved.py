@@ -51,6 +51,7 @@ class SavedCaches(Cache):
     method: Method
     budget: float | int
     max_new_tokens: int | None
+    quantize: str | None
     _image_mask: Tensor | None
     _model_name = ""
     _tokens = ""
@@ -119,14 +120,11 @@ class SavedCaches(Cache):
 
         Raises:
             TypeError: `notes` are not strings.
-            ValueError: the cache holds nothing, or a layer whose state cannot be saved (linear attention, ...).
+            ValueError: the cache holds nothing, or what cannot be saved (linear attention, quantised pairs, ...).
             OSError: the file cannot be written.
         """
         self._settle()
-        if (self.max_new_tokens or 0) > MAX_STEPS:
-            raise ValueError(
-                f"a cache with max_new_tokens above {MAX_STEPS} cannot be saved; got {self.max_new_tokens}"
-            )
+        self._refuse_unsavable()
         layers = [_describe(layer, index) for index, layer in enumerate(self.layers)]
         tensors = {name: tensor for index, layer in enumerate(self.layers) for name, tensor in _tensors(layer, index)}
         first = next(layer for layer in self.layers if isinstance(layer, PrunedLayer))
@@ -162,6 +160,14 @@ class SavedCaches(Cache):
         tensors |= {} if deltas is None else {"position_deltas": deltas}
         tensors |= {} if self._image_mask is None else {"image_mask": self._image_mask}
         write_atomically(path, encode(tensors, metadata))
+
+    def _refuse_unsavable(self) -> None:
+        if self.quantize is not None:
+            raise ValueError(f"a cache with quantize={self.quantize!r} cannot be saved; make the cache without it")
+        if (self.max_new_tokens or 0) > MAX_STEPS:
+            raise ValueError(
+                f"a cache with max_new_tokens above {MAX_STEPS} cannot be saved; got {self.max_new_tokens}"
+            )
 
     @classmethod
     def load(cls: type[C], path: str | os.PathLike[str], model: Any, input_ids: Tensor | None = None) -> C:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..rules.merging import merge_pruned
 from .decode import STEPS_PER_GROWTH, GrowingStep, PlannedStep, Policy, keep_address
 from .heads import HeadGroup, Kept
-from .storage import Pairs, close_up, in_order, is_frozen, without
+from .storage import Pairs, PromptPairs, close_up, exact_prompt, in_order, without
 
 T = TypeVar("T")
 
@@ -73,6 +73,7 @@ class SegmentRule:
         merge: whether pruned pairs are merged into their nearest anchor.
         counts_received: whether the policy asks how much attention each pair has received.
         max_new_tokens: decode steps to plan for after each prompt; None: memory grows as it is needed.
+        prompt_pairs: how pairs are stored that are kept of a prompt.
     """
 
     policy: Policy
@@ -81,6 +82,7 @@ class SegmentRule:
     merge: bool = False
     counts_received: bool = False
     max_new_tokens: int | None = None
+    prompt_pairs: PromptPairs = exact_prompt
 
 
 class Segment:
@@ -118,7 +120,7 @@ class Segment:
     @property
     def batch_size(self) -> int:
         """Rows of the batch."""
-        return self.stored.keys.shape[0]
+        return self.stored.batch_size
 
     @property
     def keys(self) -> Tensor:
@@ -238,7 +240,7 @@ class Segment:
         if self.plan is not None:
             self.plan.append(pairs, keys, values)
             return pairs.keys.view_as(pairs.keys), pairs.values.view_as(pairs.values)
-        if is_frozen(pairs.keys):
+        if pairs.frozen:
             pairs = pairs.grown(0)
         self.pairs, self.width, slots = self._step.append(pairs, self.width, keys, values, seen)
         self.in_place = self.in_place and bool(slots) and min(slots) == seen
@@ -263,7 +265,7 @@ class Segment:
     def hold(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write candidates, [batch, heads, n, head_dim], behind the pairs; return both. Nothing else is changed."""
         width = self.width + keys.shape[2]
-        if width > self.stored.capacity or is_frozen(self.stored.keys):
+        if width > self.stored.capacity or self.stored.frozen:
             room = max(width, self.width + STEPS_PER_GROWTH)
             self.pairs = self.stored.grown(max(0, room - self.stored.capacity))
         self.stored.write_behind(self.width, keys, values)
@@ -310,13 +312,13 @@ class Segment:
     def select_rows(self, indices: Tensor, seen: int) -> None:
         """Keep the rows at `indices`, int64, in that order."""
         pairs, left = self.stored, self._steps_left(seen)
-        self.pairs = pairs.rows(indices.to(pairs.keys.device))
+        self.pairs = pairs.rows(indices.to(pairs.device))
         if len(self._step.rows) > 1:
             self._step = self._growing([self._step.rows[row].copy() for row in indices.tolist()])
             # Without the longest rows, the slots that only they used are spare.
             self.width = max((row.stored for row in self._step.rows), default=0)
         if left is not None or self.pairs.capacity - self.width > STEPS_PER_GROWTH:
-            slots = torch.arange(self.width, device=self.pairs.keys.device)
+            slots = torch.arange(self.width, device=self.pairs.device)
             self._rebuild(self.pairs, slots.expand(*self.pairs.positions.shape[:2], -1), left, seen)
 
     def held_before(self, end: int) -> Tensor:

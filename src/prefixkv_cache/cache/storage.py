@@ -6,7 +6,9 @@ write, move. Which columns, and why, is decided elsewhere (segments.py, decode.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class Pairs:
-    """The buffers of some key heads of a layer.
+    """The buffers of some key heads of a layer; kept in fewer bits, they are a `QuantizedPairs` (quantized.py).
 
     Attributes:
         keys, values: [batch, heads, capacity, head_dim]; finite numbers in every slot, also where it holds nothing.
@@ -36,14 +38,48 @@ class Pairs:
     @property
     def capacity(self) -> int:
         """Slots, in use or spare."""
-        return self.keys.shape[2]
+        return self.positions.shape[2]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self.positions.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a key."""
+        return self.keys.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values lie."""
+        return self.keys.device
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the buffers cannot be written to; see `is_frozen`."""
+        return is_frozen(self.keys)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one pair of each row and head, as the model made it."""
+        return (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
+
+    def tensors(self) -> list[Tensor]:
+        """All that keys and values take, spare room included."""
+        return [self.keys, self.values]
 
     def take(self, columns: Tensor, spare: int = 0) -> Pairs:
         """New buffers of these columns, int64 [batch, 1 or heads, n], -1: slots that hold nothing; and spare ones."""
+        # Slots that hold nothing become copies of the first pair: what is masked out must still be a finite number.
+        index, positions, received = self.taken_notes(columns, spare)
+        return Pairs(take_columns(self.keys, index), take_columns(self.values, index), positions, received)
+
+    def taken_notes(self, columns: Tensor, spare: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `take` needs beside keys and values: the columns with 0 for -1; positions; attention received."""
         self.write_positions()
         index = F.pad(columns, (0, spare), value=-1)
         empty = index < 0
-        # Slots that hold nothing become copies of the first pair: what is masked out must still be a finite number.
         index = index.clamp_min(0)
         positions = self.positions.expand(-1, index.shape[1], -1).gather(2, index).masked_fill_(empty, -1)
         received = self.received
@@ -51,7 +87,7 @@ class Pairs:
             index_of_sums = index.expand(-1, received.shape[1], -1) if index.shape[1] == 1 else index
             received = received.expand(-1, index_of_sums.shape[1], -1).gather(2, index_of_sums)
             received = received.masked_fill_(empty.expand_as(received), 0.0)
-        return Pairs(take_columns(self.keys, index), take_columns(self.values, index), positions, received)
+        return index, positions, received
 
     def rows(self, indices: Tensor) -> Pairs:
         """New buffers of these rows, int64 [n]."""
@@ -67,7 +103,7 @@ class Pairs:
         keys, values = (F.pad(each, (0, 0, 0, spare)) for each in (self.keys, self.values))
         return Pairs(keys, values, F.pad(self.positions, (0, spare), value=-1), received)
 
-    def share(self) -> tuple[Tensor, Tensor, Tensor]:
+    def share(self) -> tuple[Tensor, ...]:
         """The buffers that a copy may read as well, until one of both writes."""
         self.write_positions()
         self.shared = True
@@ -90,10 +126,8 @@ class Pairs:
         """Put one pair a row into the slots int64 [batch, 1 or heads]."""
         self.unshare()
         self.write_positions()
+        self.put(slots, keys, values)
         index = slots[..., None]
-        everywhere = index.expand(-1, keys.shape[1], -1)[..., None]
-        self.keys.scatter_(2, everywhere.expand_as(keys), keys)
-        self.values.scatter_(2, everywhere.expand_as(values), values)  # of another size in latent attention
         in_positions = index.expand(-1, self.positions.shape[1], -1)
         if isinstance(position, Tensor):
             self.positions.scatter_(2, in_positions, position.expand_as(in_positions))
@@ -101,6 +135,12 @@ class Pairs:
             self.positions.scatter_(2, in_positions, position)
         if self.received is not None:
             self.received.scatter_(2, index.expand(-1, self.received.shape[1], -1), 0.0)
+
+    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """The keys and values of `write`."""
+        everywhere = slots[..., None].expand(-1, keys.shape[1], -1)[..., None]
+        self.keys.scatter_(2, everywhere.expand_as(keys), keys)
+        self.values.scatter_(2, everywhere.expand_as(values), values)  # of another size in latent attention
 
     def add_received(self, importance: Tensor) -> None:
         """Add what the first pairs have received, float32 [batch, heads, n]; as a mean where heads count together."""
@@ -131,6 +171,17 @@ class Pairs:
         if self.keys.device != device:
             self.keys = self.keys.to(device, non_blocking=True)
             self.values = self.values.to(device, non_blocking=True)
+
+
+PromptPairs: TypeAlias = Callable[[Tensor, Tensor, Tensor, Pairs | None, int], Pairs]
+"""Makes the pairs that a prompt is pruned from: of keys, values and positions as they were shown, of what was stored
+before (None: nothing), and of how many of the last pairs are new. What `take` takes of them is what will be stored."""
+
+
+def exact_prompt(keys: Tensor, values: Tensor, positions: Tensor, before: Pairs | None, n_new: int) -> Pairs:
+    """Stored as the model made them; `quantizing_prompt` in quantized.py is the other way."""
+    del before, n_new
+    return Pairs(keys, values, positions)
 
 
 def is_frozen(tensor: Tensor) -> bool:

@@ -42,8 +42,13 @@ class StoredPairs:
         return [widths[head] for head in sorted(widths)]
 
     def tensors(self) -> list[Tensor]:
-        """All key and value buffers."""
-        return [tensor for s in self.segments if s.pairs for tensor in (s.pairs.keys, s.pairs.values)]
+        """All that keys and values take."""
+        return [tensor for s in self.segments if s.pairs for tensor in s.pairs.tensors()]
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one token's pairs in all rows and heads, as the model made them."""
+        return sum(segment.stored.pair_bytes for segment in self.segments)
 
     def joined(self, name: str, fill: int = 0) -> Tensor:
         """`keys`, `values` or `positions` of all heads, [batch, heads, longest, ...]; copied if need be.
@@ -69,7 +74,7 @@ class StoredPairs:
             ValueError: another batch, or another model.
         """
         batch, heads, _, head_dim = keys.shape
-        rows, _, _, size = self.segments[0].stored.keys.shape
+        rows, size = self.segments[0].batch_size, self.segments[0].stored.head_dim
         if batch != rows:
             raise ValueError(
                 f"got a batch of {batch} for a cache that holds {rows} rows; "

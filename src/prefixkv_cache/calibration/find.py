@@ -97,7 +97,8 @@ def weigh(
         kept += [prompt.kept(each.method, profile, budget) for budget in budgets]
     # [batch, n_candidates * n_budgets, 4]
     costs = torch.stack([cost.table() for cost in prompt.costs(kept, later=True)], dim=1)
-    return _rows(prompt, dict(zip(candidates, costs.split(len(budgets), dim=1), strict=True)))
+    of_each = zip(candidates, costs.split(len(budgets), dim=1), strict=True)
+    return _rows(prompt, {name: list(rows) for name, rows in of_each})
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,18 +1,23 @@
 """What `generate` gives a model's decoder for a prompt, so that the prompt can be gone on from, and fed, again.
 
 A context around one `generate`. It keeps the state of the full cache at the prompt's end, and knows the positions of
-what follows. Measures nothing.
+what follows. Tokens behind the prompt go through with some of its pairs hidden. Measures nothing.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .observe import ObservedCache
+from ..cache.architecture import whole_layer_kinds
+from .observe import ObservedCache, evaluating
+
+# Forwards of a few tokens wait for the weights. So copies go through together, up to so many tokens, and pairs.
+_TOKENS_TOGETHER, _BYTES_TOGETHER = 320, 2**30
 
 # What a decoder is given in the prompt's forward and shall not be given again.
 _OF_ONE_FORWARD = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
@@ -26,7 +31,9 @@ class Forwards:
     """
 
     def __init__(self, model: Any, cache: ObservedCache):
-        self._decoder, self._cache = model.get_decoder(), cache
+        self._model, self._decoder, self._cache = model, model.get_decoder(), cache
+        # Linear layers go on from their state one token at a time only.
+        self._at_once = not {kind for kind in whole_layer_kinds(model.config) if "sliding" not in kind}
         self._prompt: dict[str, Any] = {}
         self._first_step: Tensor | None = None
         self._saved: list[dict[str, Any]] = []
@@ -56,11 +63,6 @@ class Forwards:
             return None
         return self._first_step + torch.arange(start, start + width, device=self._first_step.device)
 
-    @property
-    def can_copy(self) -> bool:
-        """Whether all that the cache holds of the prompt are pairs, which can be copied along the batch."""
-        return not any(map(_is_in_place, self._cache.layers))
-
     def restore(self, cache: ObservedCache, copies: int = 1) -> None:
         """Bring the cache back to the end of the prompt, with so many copies of it along the batch."""
         for layer, saved in zip(cache.layers, self._saved, strict=True):
@@ -68,7 +70,50 @@ class Forwards:
             own.clear()
             own.update(copy.deepcopy(saved) if _is_in_place(layer) else saved)
             if copies > 1:
-                layer.keys, layer.values = (_repeated(each, copies) for each in (layer.keys, layer.values))
+                own.update({name: _repeated(own[name], copies) for name in ("keys", "values")})
+
+    def together(self, fed: Tensor) -> int:
+        """How many copies of the prompt can go on with these tokens, [batch, n], as rows of one batch."""
+        if not self._at_once or any(map(_is_in_place, self._cache.layers)):
+            return 1
+        stored = sum(each[name].nbytes for each in self._saved for name in ("keys", "values"))
+        return max(1, min(_TOKENS_TOGETHER // fed.numel(), _BYTES_TOGETHER // stored))
+
+    def log_probs(
+        self,
+        fed: Tensor,
+        mask: Tensor | None,
+        *,
+        kept: Mapping[int, Tensor] | None = None,
+        gates: Mapping[int, Tensor] | None = None,
+        copies: int = 1,
+    ) -> Tensor:
+        """What follows tokens behind the prompt: log-probabilities [copies * batch, n_fed, vocabulary].
+
+        Args:
+            fed: int64 [batch, n_fed].
+            mask: int64 [batch, n], 0 at the prompt's padding; None: no padding.
+            kept, gates: as `ObservedCache` has them, [copies * batch, kv_heads, n] by layer index. Gates make the
+                result differentiable.
+            copies: of the prompt, along the batch.
+        """
+        self.restore(self._cache, copies)
+        self._cache.kept, self._cache.gates = kept or {}, gates or {}
+        mask, fed = None if mask is None else mask.repeat(copies, 1), fed.repeat(copies, 1)
+        width = fed.shape[1] if self._at_once else 1
+        found = []
+        with evaluating(self._model), torch.set_grad_enabled(gates is not None):
+            for start in range(0, fed.shape[1], width):
+                more: dict[str, Any] = {}
+                if (positions := self.positions(start, width)) is not None:
+                    more["position_ids"] = torch.cat([positions] * copies, dim=-2)
+                if mask is not None:
+                    more["attention_mask"] = torch.nn.functional.pad(mask, (0, start + width), value=1)
+                some = fed[:, start : start + width]
+                found.append(self._model(input_ids=some, past_key_values=self._cache, use_cache=True, **more).logits)
+        self._cache.kept, self._cache.gates = {}, {}
+        logits = torch.cat(found, dim=1)
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
     def repeat_prompt(self, mask: Tensor | None, order: Tensor | None) -> None:
         """Feed the decoder the prompt once more, behind itself.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.architecture import whole_layer_kinds
 from ..cache.lengths import RatioLengths, Share, length_source
 from ..cache.pipeline import kept_of_prompt
 from ..cache.prompt import Prompt as LayerPrompt
@@ -33,8 +32,6 @@ ANSWER_TOKENS = 40
 """Length of the answers, at most."""
 _LEAD, _REPEATED = 24, 64  # tokens of a prompt that are fed once more: first some that are not measured
 _LADDER = 64  # steps in which it is found at which ratio a pair comes in
-# Forwards of a few tokens wait for the weights. So candidates go through together, up to so many tokens, and pairs.
-_TOKENS_TOGETHER, _BYTES_TOGETHER = 320, 2**30
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,6 @@ class AnsweredPrompt:
         self._prompts: dict[ScoreKey, list[LayerPrompt]] = {}
         for method in methods:
             self._prompts.setdefault(score_key(method), [self._prompt(index, method, image) for index in self.layers])
-        # Linear layers go on from their state one token at a time only.
-        self._at_once = not {kind for kind in whole_layer_kinds(model.config) if "sliding" not in kind}
         own = sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :] if answer is None else answer
         self._ids: Tensor | None = inputs.get("input_ids")
         self._has_image = image is not None and bool(image.any())
@@ -164,7 +159,7 @@ class AnsweredPrompt:
         """Of these tokens [batch, n], each predicted from those before it; counting: bool [batch, n - 1]."""
         fed, targets = tokens[:, :-1], tokens[:, 1 + skipped :]
         with torch.no_grad():
-            full = self._log_probs(fed)[:, skipped:]
+            full = self._forwards.log_probs(fed, self._mask)[:, skipped:]
         return Continuation(fed, skipped, targets, counting[:, skipped:], full)
 
     def continuations(self) -> list[Continuation]:
@@ -263,11 +258,12 @@ class AnsweredPrompt:
 
     def _under(self, continuation: Continuation, kept: Sequence[Mapping[int, Tensor]]) -> Iterator[Tensor]:
         """For each choice of pairs, the log-probabilities [batch, n, vocabulary] of what is measured."""
-        together = self._together(continuation.fed)
+        together = self._forwards.together(continuation.fed)
         for start in range(0, len(kept), together):
             some = kept[start : start + together]
             with torch.no_grad():
-                of_rows = self._log_probs(continuation.fed, kept=_as_rows(some), copies=len(some))
+                rows, copies = _as_rows(some), len(some)
+                of_rows = self._forwards.log_probs(continuation.fed, self._mask, kept=rows, copies=copies)
             yield from of_rows[:, continuation.skipped :].chunk(len(some))
 
     def full_exact(self) -> Tensor:
@@ -298,10 +294,11 @@ class AnsweredPrompt:
             gates: [batch, kv_heads, n] by layer index, added to the attention logits of the prompt's pairs.
             continuation: what is fed.
         """
-        together = self._together(continuation.fed)
+        together = self._forwards.together(continuation.fed)
         for start in range(0, len(gates), together):
             some = gates[start : start + together]
-            of_rows = self._log_probs(continuation.fed, gates=_as_rows(some), copies=len(some))
+            rows, copies = _as_rows(some), len(some)
+            of_rows = self._forwards.log_probs(continuation.fed, self._mask, gates=rows, copies=copies)
             parts = of_rows[:, continuation.skipped :].chunk(len(some))
             yield torch.stack([continuation.divergence(pruned) for pruned in parts])
 
@@ -358,40 +355,6 @@ class AnsweredPrompt:
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         ended = torch.isin(fed, torch.tensor(ends, device=fed.device, dtype=fed.dtype))
         return (ended.cumsum(1) - ended.long() == 0)[:, 1:]
-
-    def _together(self, fed: Tensor) -> int:
-        """How many choices go through the model as rows of one batch."""
-        if not (self._at_once and self._forwards.can_copy):
-            return 1
-        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
-        return max(1, min(_TOKENS_TOGETHER // fed.numel(), _BYTES_TOGETHER // stored))
-
-    def _log_probs(
-        self,
-        fed: Tensor,
-        kept: Mapping[int, Tensor] | None = None,
-        gates: Mapping[int, Tensor] | None = None,
-        copies: int = 1,
-    ) -> Tensor:
-        """[copies * batch, n_fed, vocabulary], of what follows these tokens behind so many copies of the prompt."""
-        self._forwards.restore(self.cache, copies)
-        self.cache.kept, self.cache.gates = kept or {}, gates or {}
-        mask = None if self._mask is None else self._mask.repeat(copies, 1)
-        fed = fed.repeat(copies, 1)
-        width = fed.shape[1] if self._at_once else 1
-        found = []
-        with evaluating(self.model), torch.set_grad_enabled(gates is not None):
-            for start in range(0, fed.shape[1], width):
-                more: dict[str, Any] = {}
-                if (positions := self._forwards.positions(start, width)) is not None:
-                    more["position_ids"] = torch.cat([positions] * copies, dim=-2)
-                if mask is not None:
-                    more["attention_mask"] = torch.nn.functional.pad(mask, (0, start + width), value=1)
-                some = fed[:, start : start + width]
-                found.append(self.model(input_ids=some, past_key_values=self.cache, use_cache=True, **more).logits)
-        self.cache.kept, self.cache.gates = {}, {}
-        logits = torch.cat(found, dim=1)
-        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def _check(model: Any) -> None:
