@@ -1,4 +1,4 @@
-"""Write drawn scenes or boards as files: pictures and a JSON in LLaVA's conversation layout, for `prefixkv calibrate`.
+"""Write drawn pictures as files, with a JSON in LLaVA's conversation layout, for `prefixkv calibrate`.
 
     python examples/make_scene_data.py --out out/scenes --count 400
     python examples/make_scene_data.py --task boards --out out/boards --count 400
@@ -15,9 +15,13 @@ from typing import Any
 
 from prefixkv_cache.profiles.files import write_atomically
 from prefixkv_cache.tools.arguments import positive
-from prefixkv_cache.tools.demo import boards, scenes
+from prefixkv_cache.tools.demo import boards, pages, scenes
 
-TASKS: dict[str, tuple[Any, Any]] = {"scenes": (scenes, scenes.draw_scene), "boards": (boards, boards.draw_board)}
+TASKS: dict[str, tuple[Any, Any]] = {
+    "scenes": (scenes, scenes.draw_scene),
+    "boards": (boards, boards.draw_board),
+    "pages": (pages, pages.draw_page),
+}
 
 
 def splits(source: Any) -> dict[str, range]:
@@ -25,7 +29,7 @@ def splits(source: Any) -> dict[str, range]:
 
 
 def record(task: str, seed: int, number: int, name: str) -> tuple[Any, dict]:
-    """The scene or board of this seed and one conversation about it."""
+    """The picture of this seed and one conversation about it."""
     source, draw = TASKS[task]
     drawn = draw(seed)
     if number % 2 == 0:

@@ -76,6 +76,7 @@ AS_A_PERSON = {
     "make_published_profiles.py": (["--help"], "usage: "),
     "make_scene_data.py": (["--help"], "usage: "),
     "train_scene_vlm.py": (["--help"], "usage: "),
+    "train_smol_llava.py": (["--help"], "usage: "),
     "gradio_app.py": (["--help"], "usage: "),
 }
 

@@ -237,6 +237,7 @@ EXAMPLES = {
     "make_scene_data.py": (["--out", "drawn", "--count", "1"], "", ""),
     "make_published_profiles.py": (["--help"], "", "usage"),
     "train_scene_vlm.py": (["--help"], "", "usage"),
+    "train_smol_llava.py": (["--help"], "", "usage"),
 }
 
 

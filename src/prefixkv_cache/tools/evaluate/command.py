@@ -50,7 +50,8 @@ def add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     """What is asked; `tasks.read_samples` reads it."""
     add = parser.add_argument
-    add("--data", required=True, metavar="D", help="scenes or boards (drawn), or a file as for `prefixkv calibrate`")
+    drawn = "scenes, boards or pages (drawn), or a file as for `prefixkv calibrate`"
+    add("--data", required=True, metavar="D", help=drawn)
     add("--images", metavar="DIR", help="where the file's images lie")
     add("--prompt", metavar="TEXT", help="said to every image, instead of what the file says")
     add("--samples", type=count, metavar="N", help="pictures (100), or records of a file (all)")

@@ -1,0 +1,118 @@
+"""The LLaVA around SmolLM2: its parts fit together, training sees what the processor makes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+import smollm
+from prefixkv_cache import PrefixKVCache
+from prefixkv_cache.tools.demo import pages, scenes
+from prefixkv_cache.tools.loading import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "models" / "smol-llava"
+MOST_BYTES = 20_000_000
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+def test_the_folder_is_small_and_holds_no_language_model():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < MOST_BYTES
+    assert not (FOLDER / "model.safetensors").exists()
+
+
+def test_an_image_token_lies_on_what_is_at_its_centre():
+    from smol_llava.tasks import SIDE, ReadPages, ReadScenes
+
+    scene = scenes.draw_scene(scenes.TRAIN_SEEDS[3])
+    truths = ReadScenes().patch_truths(scene).view(SIDE, SIDE, -1)
+    for thing in scene.objects:
+        row, column = ((thing.box[i] + thing.box[i + 2]) // 2 * SIDE // scenes.IMAGE_SIZE for i in (1, 0))
+        colour, shape = truths[row, column, 1:3].tolist()
+        assert (list(scenes.COLOURS)[colour - 1], scenes.SHAPES[shape - 1]) == (thing.colour, thing.shape)
+        right = scene.at(thing.row, thing.column + 1)
+        assert (truths[row, column, 5] > 0) == (right is not None)
+
+    page = pages.draw_page(pages.TRAIN_SEEDS[3])
+    truths = ReadPages().patch_truths(page).view(SIDE, SIDE, -1)
+    for line in page.lines:
+        for place, each in enumerate(line):
+            row, column = ((each.box[i] + each.box[i + 2]) // 2 * SIDE // pages.IMAGE_SIZE for i in (1, 0))
+            word, number, at, before, behind, *letters = truths[row, column].tolist()
+            assert (pages.WORDS[word - 1], number, at) == (each.word, each.line, place)
+            assert before == (1 + pages.WORDS.index(line[place - 1].word) if place else 0)
+            assert (behind > 0) == (place + 1 < len(line))
+            assert {ReadPages.letters[letter] for letter in letters} <= {*each.word, " "}
+    assert set(truths[..., 0].unique().tolist()) == {0, *(1 + pages.WORDS.index(each.word) for each in page.objects)}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    from smol_llava.model import load
+
+    return load(FOLDER, smollm.load()[0])
+
+
+@smollm.needs_smollm
+def test_what_is_trained_on_is_what_the_processor_makes(loaded):
+    from smol_llava.packing import Packer, pixels_of
+
+    model, processor = loaded
+    for picture in (scenes.draw_scene(7), pages.draw_page(7)):
+        inputs = prepare(processor, [("what is this?", [picture.image])])
+        assert torch.allclose(inputs["pixel_values"], pixels_of([picture]), atol=1e-6)
+        row = Packer(processor.tokenizer).row([("what is this?", "a cat")])
+        n = inputs["input_ids"].shape[1]
+        assert row.ids[:n].tolist() == inputs["input_ids"][0].tolist()
+        assert processor.decode(row.ids[row.labels > 0]) == "a cat<|im_end|>"
+        assert (inputs["input_ids"] == model.config.image_token_id).sum() == 144
+
+
+def test_a_merged_adapter_does_what_it_did_beside_the_weights():
+    from smol_llava.model import adapters, attach, merge
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    plain = LlamaModel(config).eval()
+    adapted = copy.deepcopy(plain)
+    attach(adapted, 3, 2)
+    inputs = torch.arange(9)[None]
+    assert torch.equal(adapted(inputs).last_hidden_state, plain(inputs).last_hidden_state)
+    for _, part in adapters(adapted):
+        torch.nn.init.normal_(part.up)
+    assert len(dict(adapters(adapted))) == 14
+    changed = adapted(inputs).last_hidden_state
+    assert not torch.allclose(changed, plain(inputs).last_hidden_state, atol=1e-2)
+    merge(plain, {f"{name}.{side}": getattr(part, side) for name, part in adapters(adapted) for side in ("down", "up")})
+    assert torch.allclose(changed, plain(inputs).last_hidden_state, atol=1e-4)
+
+
+@smollm.needs_smollm
+def test_the_language_model_is_smollm_and_its_adapter(loaded):
+    language, decoder = smollm.load()[0].model, loaded[0].model.language_model
+    assert torch.equal(language.embed_tokens.weight, decoder.embed_tokens.weight)
+    assert torch.equal(language.norm.weight, decoder.norm.weight)
+    ours, theirs = (each.layers[7].self_attn.q_proj.weight for each in (decoder, language))
+    assert 0 < torch.linalg.matrix_rank(ours - theirs, rtol=1e-3) <= 16
+
+
+@smollm.needs_smollm
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_answers_have_the_form_that_was_taught(loaded, budget):
+    """Not that they are right: the model card says how often they are."""
+    model, processor = loaded
+    page, scene = pages.draw_page(pages.TEST_SEEDS[0]), scenes.draw_scene(scenes.TEST_SEEDS[0])
+    asked = [
+        ("which line holds the word box?", page, {f"the {each}" for each in pages.ORDINALS}),
+        (f"what colour is the {scene.objects[0].shape} at the {scene.objects[0].place}?", scene, set(scenes.COLOURS)),
+    ]
+    for prompt, picture, answers in asked:
+        inputs = prepare(processor, [(prompt, [picture.image])])
+        cache = PrefixKVCache(None, budget, config=model.config)
+        out = model.generate(**inputs, past_key_values=cache)
+        assert processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) in answers
