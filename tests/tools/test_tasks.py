@@ -128,7 +128,7 @@ def test_the_study_measures_what_a_cache_costs(study, name):
     model = LlamaForCausalLM(config).eval()
     prompt, given = torch.randint(0, 60, (1, 90)), (torch.tensor([[3, 4]]), torch.tensor([[5, 6, 7, 8]]))
     case = study.answered(model, {"input_ids": prompt}, given, [methods.NAMED[name]])
-    for budget, cost in zip(study.BUDGETS, study.costs(case, methods.NAMED[name], None), strict=True):
+    for budget, cost in zip(study.BUDGETS, study.costs(case, {name: (methods.NAMED[name], None)})[name], strict=True):
         method = methods.NAMED[name].replace(evict="fixed-point", distance=None)  # what leaves later is not measured
         cache, fed = PrefixKVCache(None, budget, method=method, config=config), torch.tensor([[3, 4, 5, 6, 7]])
         with torch.no_grad():
@@ -147,5 +147,6 @@ def test_the_bundled_profile_of_smollm_answers_a_lookup_at_a_fifth(study):
     profile = PrefixProfile.load("smollm2-135m-instruct")
     prompt, *given = (torch.tensor([part]) for part in cases("lookup", "report", 1)[0].tokens(tokenizer))
     case = study.answered(model, {"input_ids": prompt}, tuple(given), [profile.method])
-    own, uniform = (study.costs(case, profile.method, each)[1] for each in (profile, None))
+    found = study.costs(case, {"own": (profile.method, profile), "uniform": (profile.method, None)})
+    own, uniform = found["own"][1], found["uniform"][1]
     assert own["full_exact"] == 1.0 and own["kl"] < 0.5 * uniform["kl"]
