@@ -263,7 +263,7 @@ BAD = [
     (["--images", "none"], "there is no folder 'none' of images"),
     (["--samples", "0"], "--samples"),
     (["--batch-size", "0"], "--batch-size"),
-    (["--split", "test"], "--split is for the drawn tasks (scenes, boards)"),
+    (["--split", "test"], "--split is for the drawn tasks (scenes, boards, pages)"),
     (["--data", "scenes"], "--images is for data files"),
     (["--colour", "red"], "unrecognized arguments"),
 ]

@@ -42,7 +42,8 @@ def _has_data(folder: Path) -> bool:
 
 def bundled_profiles() -> dict[str, Path]:
     """Return the bundled profiles by name, sorted. A name is looked up here and never joined to a path."""
-    return {path.stem: path for path in sorted(bundled_dir("profiles").glob("*.safetensors"))}
+    found = {path.stem: path for path in bundled_dir("profiles").glob("*.safetensors")}
+    return dict(sorted(found.items()))  # by name: of two paths, `a-b.safetensors` comes before `a.safetensors`
 
 
 def names_of_model(model: str) -> list[str]:
