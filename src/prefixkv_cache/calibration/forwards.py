@@ -63,9 +63,9 @@ class Forwards:
             return None
         return self._first_step + torch.arange(start, start + width, device=self._first_step.device)
 
-    def restore(self, cache: ObservedCache, copies: int = 1) -> None:
+    def restore(self, copies: int = 1) -> None:
         """Bring the cache back to the end of the prompt, with so many copies of it along the batch."""
-        for layer, saved in zip(cache.layers, self._saved, strict=True):
+        for layer, saved in zip(self._cache.layers, self._saved, strict=True):
             own = vars(layer)
             own.clear()
             own.update(copy.deepcopy(saved) if _is_in_place(layer) else saved)
@@ -97,7 +97,7 @@ class Forwards:
                 result differentiable.
             copies: of the prompt, along the batch.
         """
-        self.restore(self._cache, copies)
+        self.restore(copies)
         self._cache.kept, self._cache.gates = kept or {}, gates or {}
         mask, fed = None if mask is None else mask.repeat(copies, 1), fed.repeat(copies, 1)
         width = fed.shape[1] if self._at_once else 1

@@ -138,7 +138,7 @@ class AnsweredPrompt:
         if scores.ranks.count > 1:
             raise NotImplementedError("tensor-parallel ranks see some heads only; calibrate by='mass' and unit='layer'")
         self._scores, self.valid, self._forwards = scores, scores.valid, forwards
-        forwards.restore(self.cache)
+        forwards.restore()
         self._prompts: dict[ScoreKey, list[LayerPrompt]] = {}
         for method in methods:
             self._prompts.setdefault(score_key(method), [self._prompt(index, method, image) for index in self.layers])
@@ -325,7 +325,7 @@ class AnsweredPrompt:
         Returns:
             For each row, float32 [n_layers, kv_heads, n_valid] on the CPU.
         """
-        self._forwards.restore(self.cache)
+        self._forwards.restore()
         # Padding goes behind the second copy: between the two, it would use up sliding windows.
         order = None if self.valid is None else (~self.valid).long().argsort(dim=1, stable=True)
         valid = None if self.valid is None or order is None else self.valid.gather(1, order)
