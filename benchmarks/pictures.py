@@ -1,9 +1,10 @@
 """Several questions about one compressed picture: how many answers are those of the full cache.
 
     python benchmarks/pictures.py [--pictures 20] [--questions 4] [--budgets 0.5,0.2,0.1] [--threads 1]
+    python benchmarks/pictures.py --models scenes=out/whole/smol-llava,pages=out/whole/smol-llava
 
-On pictures of the test split of both models of this repository. The picture is compressed before anybody asks, and each
-question is asked of a copy:
+On pictures of the test split: of both models of this repository that are whole, or what `--models` says. The picture is
+compressed before anybody asks, and each question is asked of a copy:
 
 - `compress`: two passes, one pool of all scores;
 - `compress, profile`: two passes, the lengths of the bundled profile;
@@ -24,12 +25,16 @@ from measure import RESULTS, fractions, store
 from prefixkv_cache import PrefixKVCache
 from prefixkv_cache.methods import DEFAULT
 from prefixkv_cache.tools.answer import answer
-from prefixkv_cache.tools.demo import boards, scenes
+from prefixkv_cache.tools.demo import boards, pages, scenes
 from prefixkv_cache.tools.loading import load_model, prepare
 from prefixkv_cache.tools.questions import context_inputs
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-DRAWN = {"scene-llava": (scenes, scenes.draw_scene), "board-qwen2-vl": (boards, boards.draw_board)}
+DRAWN = {
+    "scenes": (scenes, scenes.draw_scene),
+    "boards": (boards, boards.draw_board),
+    "pages": (pages, pages.draw_page),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "compress": {},
     "compress, profile": {"profile": True},
@@ -45,10 +50,11 @@ def asked(module: Any, drawn: Any, n: int) -> list[str]:
     return [module.DESCRIBE_PROMPTS[0], *kinds.values()][:n]
 
 
-def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model."""
-    module, draw = DRAWN[name]
-    model, processor = load_model(str(MODELS / name), device="cpu", dtype="float32")
+def measure(data: str, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model on one kind of pictures."""
+    module, draw = DRAWN[data]
+    model, processor = load_model(folder, device="cpu", dtype="float32")
+    name = Path(folder).name
     same: dict[tuple[str, float], list[bool]] = defaultdict(list)
     held: dict[tuple[str, float], list[float]] = defaultdict(list)
     for seed in module.TEST_SEEDS[: options.pictures]:
@@ -80,7 +86,14 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                     said = answer(model, processor, turn, cache.copy(), NEW_TOKENS).text
                     same[way, budget].append(said == wanted[text][0])
     rows = [
-        {"model": name, "way": way, "budget": budget, "same": round(sum(found) / len(found), 3), "answers": len(found)}
+        {
+            "model": name,
+            "data": data,
+            "way": way,
+            "budget": budget,
+            "same": round(sum(found) / len(found), 3),
+            "answers": len(found),
+        }
         for (way, budget), found in same.items()
     ]
     for row in rows:
@@ -92,7 +105,8 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(DRAWN), help="with commas between (%(default)s)")
+    own = f"scenes={MODELS / 'scene-llava'},boards={MODELS / 'board-qwen2-vl'}"
+    parser.add_argument("--models", default=own, help="pictures=folder, with commas between; its name is a profile's")
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--questions", type=int, default=4, help="about each, the first is to describe it")
     parser.add_argument("--budgets", type=fractions, default=[0.5, 0.2, 0.1])
@@ -101,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder that the result is added to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [row for name in options.models.split(",") for row in measure(name, options)]
+    rows = [row for each in options.models.split(",") for row in measure(*each.split("=", 1), options)]
     store("pictures", options, rows)
 
 

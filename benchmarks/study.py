@@ -37,8 +37,9 @@ from prefixkv_cache.tools.tasks.tasks import TASKS, Case, cases
 
 BUDGETS = (0.5, 0.2, 0.1)
 MODELS = Path(__file__).resolve().parents[1] / "models"
-VLMS = {"scenes": "scene-llava", "boards": "board-qwen2-vl"}
+VLMS = {"scenes": "scene-llava", "boards": "board-qwen2-vl", "pages": None}  # whose pages are read by --vlm alone
 ALL_TASKS = (*TASKS, *(f"{name} {task}" for name in VLMS for task in ("descriptions", "questions")))
+BY_DEFAULT = tuple(task for task in ALL_TASKS if not task.startswith("pages"))
 ANSWER_TOKENS = 32
 BASELINES = ("snapkv", "h2o", "uniform", "random", "prefixkv", "streaming", "pyramidkv", "keydiff")
 VARIANTS = (
@@ -96,11 +97,12 @@ def text_subject(options: argparse.Namespace, split: str) -> Subject:
 
 
 def drawn_subject(name: str, options: argparse.Namespace, split: str) -> Subject:
-    """A vision model of this repository on pictures that it draws itself: descriptions and questions."""
+    """A vision model on pictures that are drawn here: descriptions and questions."""
     from prefixkv_cache.tools.evaluate.tasks import drawn_samples
     from prefixkv_cache.tools.loading import load_model, prepare
 
-    model, processor = load_model(str(MODELS / VLMS[name]))
+    folder = options.vlm or MODELS / (VLMS[name] or sys.exit(f"no model of this repository reads {name} whole: --vlm"))
+    model, processor = load_model(str(folder))
     split = {"choose": "validation", "report": "test"}[split]
     found: dict[str, list[Any]] = {}
     for sample in drawn_samples(name, split=split, n=options.cases, limit=ANSWER_TOKENS * 4):
@@ -303,7 +305,8 @@ def main() -> None:
         command.add_argument("--out", required=True)
         command.add_argument("--cases", type=int, default=8, help="of each task")
         command.add_argument("--length", type=int, default=PASSAGE, help="characters of a passage")
-        command.add_argument("--tasks", default=",".join(ALL_TASKS))
+        command.add_argument("--tasks", default=",".join(BY_DEFAULT))
+        command.add_argument("--vlm", help="folder of what reads the pictures, instead of this repository's models")
         command.add_argument("--methods", default="", help="spellings, with commas between, instead of all")
         command.add_argument("--profiles", default="", help="name=file,name=file")
         command.add_argument("--ranked-by", default="", help="methods for the profiles, instead of their own")

