@@ -136,17 +136,16 @@ def test_the_language_model_is_smollm_and_its_adapter(loaded):
 
 
 @smollm.needs_smollm
-@pytest.mark.parametrize("budget", [1.0, 0.5])
-def test_answers_have_the_form_that_was_taught(loaded, budget):
-    """Not that they are right: the model card says how often they are."""
+def test_it_reads_pictures_that_it_was_not_trained_on(loaded):
+    """The model card says how often it is right."""
     model, processor = loaded
     page, scene = pages.draw_page(pages.TEST_SEEDS[0]), scenes.draw_scene(scenes.TEST_SEEDS[0])
+    last, thing = page.lines[-1], scene.objects[0]
     asked = [
-        ("which line holds the word box?", page, {f"the {each}" for each in pages.ORDINALS}),
-        (f"what colour is the {scene.objects[0].shape} at the {scene.objects[0].place}?", scene, set(scenes.COLOURS)),
+        (f"what does the {pages.ORDINALS[last[0].line]} line say?", page, " ".join(each.word for each in last)),
+        (f"what is at the {thing.place}?", scene, f"a {thing.name}"),
     ]
-    for prompt, picture, answers in asked:
+    for prompt, picture, answer in asked:
         inputs = prepare(processor, [(prompt, [picture.image])])
-        cache = PrefixKVCache(None, budget, config=model.config)
-        out = model.generate(**inputs, past_key_values=cache)
-        assert processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) in answers
+        out = model.generate(**inputs, past_key_values=PrefixKVCache(None, 1.0, config=model.config))
+        assert processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == answer

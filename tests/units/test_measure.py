@@ -105,6 +105,20 @@ def test_the_answer_is_the_models_own_and_ends_where_it_ends():
         assert together[1].item() == pytest.approx(by_itself[0].item(), rel=1e-9, abs=1e-12)
 
 
+def test_an_answer_of_one_token_ends_behind_it():
+    model, inputs = models.build("llava_gqa", "sdpa"), models.alone("llava_gqa", LENGTHS, 0)
+    first, second = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, LENGTHS[0] :].tolist()
+    assert first != second
+    model.generation_config.eos_token_id = second
+    prompt = AnsweredPrompt(model, inputs, [methods.DEFAULT], answer_tokens=12)
+    assert prompt.answer.tolist() == [[first, second]]
+    assert prompt.full_exact().tolist() == [1.0]
+    model.generation_config.eos_token_id = first  # an answer of no token has nothing to be measured: it gets one
+    prompt = AnsweredPrompt(model, inputs, [methods.DEFAULT], answer_tokens=12)
+    assert prompt.answer[0, 0] != first
+    assert prompt.answer.shape[1] >= 2
+
+
 def test_nothing_pruned_costs_nothing_and_nothing_is_left_behind():
     prompt = answered("llava_gqa", models.batch("llava_gqa", LENGTHS))
     assert prompt.costs([{}])[0].table().tolist() == [[0.0, 1.0, 1.0, 0.0]] * 3

@@ -131,7 +131,7 @@ class AnsweredPrompt:
         with evaluating(model), Forwards(model, self.cache) as forwards:
             self.cache.observer = scores
             new = max(2, answer_tokens if given is None and answer is None else 0)
-            options = {"do_sample": False, "num_beams": 1, "min_new_tokens": 2, "max_new_tokens": new}
+            options = {"do_sample": False, "num_beams": 1, "min_new_tokens": 1, "max_new_tokens": new}
             sequences = model.generate(**inputs, past_key_values=self.cache, **options)
         self.cache.observer = None
         check_observed(model, self.layers, scores.seen)
