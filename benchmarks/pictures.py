@@ -1,7 +1,8 @@
-"""Several questions about one compressed picture: how many answers are those of the full cache.
+r"""Several questions about one compressed picture: how many answers are those of the full cache.
 
     python benchmarks/pictures.py [--pictures 20] [--questions 4] [--budgets 0.5,0.2,0.1] [--threads 1]
-    python benchmarks/pictures.py --models scenes=out/whole/smol-llava,pages=out/whole/smol-llava
+    python benchmarks/pictures.py --models scenes=out/whole/smol-llava,pages=out/whole/smol-llava \
+        --profile smollm2-135m-instruct
 
 On pictures of the test split: of both models of this repository that are whole, or what `--models` says. The picture is
 compressed before anybody asks, and each question is asked of a copy:
@@ -63,7 +64,8 @@ def measure(data: str, folder: str, options: argparse.Namespace) -> list[dict[st
         prompted = {text: prepare(processor, [(text, [drawn.image])]) for text in prompts}
 
         def known(text: str, budget: float, inputs: Any = prompted) -> tuple[str, int]:
-            cache = PrefixKVCache.for_model(model, budget, inputs=inputs[text])
+            given = {"profile": options.profile} if options.profile else {}
+            cache = PrefixKVCache.for_model(model, budget, inputs=inputs[text], **given)
             result = answer(model, processor, inputs[text], cache, NEW_TOKENS)
             return result.text, result.prompt_nbytes
 
@@ -77,7 +79,7 @@ def measure(data: str, folder: str, options: argparse.Namespace) -> list[dict[st
         whole = PrefixKVCache.compress(model, inputs, 1.0).nbytes
         for way, chosen in WAYS.items():
             for budget in options.budgets:
-                given = {**chosen, **({"profile": name} if "profile" in chosen else {})}
+                given = {**chosen, **({"profile": options.profile or name} if "profile" in chosen else {})}
                 cache = PrefixKVCache.compress(model, inputs, budget, **given)
                 held[way, budget].append(cache.nbytes / whole)
                 for text in prompts:
@@ -106,7 +108,8 @@ def measure(data: str, folder: str, options: argparse.Namespace) -> list[dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = f"scenes={MODELS / 'scene-llava'},boards={MODELS / 'board-qwen2-vl'}"
-    parser.add_argument("--models", default=own, help="pictures=folder, with commas between; its name is a profile's")
+    parser.add_argument("--models", default=own, help="pictures=folder, with commas between")
+    parser.add_argument("--profile", help="file or bundled name (default: the bundled one named as the folder)")
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--questions", type=int, default=4, help="about each, the first is to describe it")
     parser.add_argument("--budgets", type=fractions, default=[0.5, 0.2, 0.1])
