@@ -137,15 +137,16 @@ def test_the_language_model_is_smollm_and_its_adapter(loaded):
 
 @smollm.needs_smollm
 def test_it_reads_pictures_that_it_was_not_trained_on(loaded):
-    """The model card says how often it is right."""
+    """One answer in twelve may be wrong: the model card says how often it is."""
     model, processor = loaded
-    page, scene = pages.draw_page(pages.TEST_SEEDS[0]), scenes.draw_scene(scenes.TEST_SEEDS[0])
-    last, thing = page.lines[-1], scene.objects[0]
-    asked = [
-        (f"what does the {pages.ORDINALS[last[0].line]} line say?", page, " ".join(each.word for each in last)),
-        (f"what is at the {thing.place}?", scene, f"a {thing.name}"),
-    ]
-    for prompt, picture, answer in asked:
-        inputs = prepare(processor, [(prompt, [picture.image])])
-        out = model.generate(**inputs, past_key_values=PrefixKVCache(None, 1.0, config=model.config))
-        assert processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == answer
+    right = []
+    for module, draw in ((pages, pages.draw_page), (scenes, scenes.draw_scene)):
+        for seed in module.TEST_SEEDS[:2]:
+            picture = draw(seed)
+            for question in module.questions(picture)[:3]:
+                inputs = prepare(processor, [(question.text, [picture.image])])
+                out = model.generate(**inputs, past_key_values=PrefixKVCache(None, 1.0, config=model.config))
+                said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                right.append(module.answer_matches(said, question))
+    assert len(right) == 12
+    assert sum(right) >= 11
