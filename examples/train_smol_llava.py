@@ -55,6 +55,8 @@ class Stage:
         self.processor, self.model = build_processor(), build_model()
         self.model.requires_grad_(False)
         self.tasks = {name: TASKS[name]() for name in options.tasks.split(",")}
+        words = self.model.get_input_embeddings().weight.detach()
+        self.meanings = {n: Meaning(task.sayings, self.processor.tokenizer, words) for n, task in self.tasks.items()}
         self.step, self.seconds, self.ended = 0, 0.0, False
         self.prepare()
         self.parts = nn.ModuleDict(self.trained())
@@ -160,8 +162,8 @@ class Sight:
     def __init__(self, stage: Stage, each: int, first: int) -> None:
         """Of each task so many pictures in a step; `first` is the training seed of the first."""
         self.model, self.tasks, self.each, self.first = stage.model, stage.tasks, each, first
+        self.meanings = stage.meanings
         embeddings = self.model.get_input_embeddings().weight.detach()
-        self.meanings = {n: Meaning(t.sayings, stage.processor.tokenizer, embeddings) for n, t in self.tasks.items()}
         self.size = (embeddings - embeddings.mean(0)).square().mean()
         width = self.model.config.vision_config.hidden_size
         self.readers = nn.ModuleDict({n: PatchReader(width, task.patch_classes) for n, task in self.tasks.items()})
@@ -293,8 +295,6 @@ class Language(Stage):
             }
         )
         self.packer = Packer(self.processor.tokenizer)
-        embeddings = self.model.get_input_embeddings().weight.detach()
-        self.meanings = {n: Meaning(t.sayings, self.processor.tokenizer, embeddings) for n, t in self.tasks.items()}
 
     def trained(self) -> dict[str, nn.Module]:
         return {"adapter": self.adapter.requires_grad_(True)}
