@@ -257,7 +257,9 @@ class Rule:
             norms = [[rules.norm(value) for value in values[head, new].tolist()] for head in heads]
             scores = [[a * b for a, b in zip(scores[head], norms[head], strict=True)] for head in heads]
         if ranking.score == "combined":
-            scores = list(map(rules.combined, scores, self._differences(pairs, row, new)))
+            image = [] if self.image is None else [i for i, position in enumerate(new) if position in self.image[row]]
+            differences = self._differences(pairs, row, new)
+            scores = [rules.combined(*each, image) for each in zip(scores, differences, strict=True)]
         return rules.join(scores, ranking.heads)
 
     def _differences(self, pairs, row, new):

@@ -56,15 +56,19 @@ def norm(vector):
     return math.sqrt(sum(each * each for each in vector))
 
 
-def combined(by_attention, by_difference):
-    """By attention; from a fifth of the keys on, two by key difference for each one. Of equals the first column."""
+def combined(by_attention, by_difference, image=()):
+    """By attention; image columns by key difference in turn with it; the others, from a fifth of the keys on, two by
+    key difference for each one. Of equals the first column."""
     rankings = [
         sorted(range(len(scores)), key=lambda column, scores=scores: (-scores[column], column))
         for scores in (by_attention, by_difference)
     ]
     alone, found = len(by_attention) // 5, {}
     steps = [(place, column) for place, column in enumerate(rankings[0])]
-    steps += [(alone + place / 2 + 1 / 4, column) for place, column in enumerate(rankings[1])]
+    steps += [
+        (place + 1 / 2 if column in image else alone + place / 2 + 1 / 4, column)
+        for place, column in enumerate(rankings[1])
+    ]
     for step, column in sorted(steps):
         found.setdefault(column, 1.0 / (1.0 + 4 * step))
     return [found[column] for column in range(len(by_attention))]

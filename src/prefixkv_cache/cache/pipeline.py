@@ -49,7 +49,7 @@ def prune_after_attention(
     if not _keeps_all(layer, prompt, source):
         sink = 0 if layer.pruned_before or prompt.cut else method.protect.sink  # the sink is the first prompt's
         groups = [shown.group for shown in prompt.shown] or [None]
-        scores = score_calls(calls, groups, method, prompt.n_new, prompt.valid, sink, max_bytes)
+        scores = score_calls(calls, groups, method, prompt.n_new, prompt.valid, prompt.image, sink, max_bytes)
         prompt.scores = _agreed(scores, method.ranking.heads, prompt)
         if source.waits:
             prompt.scores_of_all = prompt.ranks.gather(scores) if method.ranking.heads == "each" else prompt.scores
@@ -80,7 +80,13 @@ def _keeps_all(layer: PrunedLayer, prompt: Prompt, source: LengthSource) -> bool
 
 
 def score_call(
-    call: AttentionCall, method: Method, n_new: int, valid: Tensor | None, sink: int, max_bytes: int
+    call: AttentionCall,
+    method: Method,
+    n_new: int,
+    valid: Tensor | None,
+    image: Tensor | None,
+    sink: int,
+    max_bytes: int,
 ) -> Tensor:
     """Scores of a prompt's keys from one attention call, the key heads of all ranks agreed as the method says.
 
@@ -89,13 +95,14 @@ def score_call(
         method: how keys are ranked.
         n_new: the last so many keys are the prompt's.
         valid: bool [batch, n_new], False at padding. None: no padding.
+        image: bool [batch, n_new], True at image tokens. None: nothing is known of images.
         sink: first valid tokens that are the attention sink.
         max_bytes: ceiling for the temporaries of the importance computation.
 
     Returns:
         float32 [batch, all kv_heads, n_new].
     """
-    scores = score_calls([call], [None], method, n_new, valid, sink, max_bytes)
+    scores = score_calls([call], [None], method, n_new, valid, image, sink, max_bytes)
     return HeadRanks.of(call.module).gather(scores)
 
 
@@ -105,6 +112,7 @@ def score_calls(
     method: Method,
     n_new: int,
     valid: Tensor | None,
+    image: Tensor | None,
     sink: int,
     max_bytes: int,
 ) -> Tensor:
@@ -121,7 +129,8 @@ def score_calls(
 
     keys, values = (joined([getattr(call, name)[:, :, -n_new:] for call in calls]) for name in ("key", "value"))
     layer_idx = getattr(calls[0].module, "layer_idx", 0)
-    inputs = ScoreInputs(keys, values, valid, method.ranking, sink, 0 if layer_idx is None else layer_idx, importance)
+    layer_idx = 0 if layer_idx is None else layer_idx
+    inputs = ScoreInputs(keys, values, valid, image, method.ranking, sink, layer_idx, importance)
     return SCORES[method.ranking.score](inputs)
 
 

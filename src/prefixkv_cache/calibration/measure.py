@@ -127,7 +127,7 @@ class AnsweredPrompt:
         self.cache = ObservedCache(model.config, stored=True)
         self.layers = self.cache.prunable
         self._mask: Tensor | None = inputs.get("attention_mask")
-        scores = Scores(methods, max_bytes)
+        scores = Scores(methods, max_bytes, image)
         with evaluating(model), Forwards(model, self.cache) as forwards:
             self.cache.observer = scores
             new = max(2, answer_tokens if given is None and answer is None else 0)

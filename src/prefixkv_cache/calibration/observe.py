@@ -178,6 +178,7 @@ class Scores:
     Args:
         methods: how keys are ranked.
         max_bytes: ceiling for the temporaries of the importance computation, per layer.
+        image: bool [batch, n], True at image tokens; None: nothing is known of images.
 
     Attributes:
         of: by ranking and sink: float32 [batch, all kv_heads, n] by layer index; [batch, 1, n] where heads agree.
@@ -186,8 +187,8 @@ class Scores:
         ranks: the tensor-parallel ranks that share the heads.
     """
 
-    def __init__(self, methods: Sequence[Method], max_bytes: int):
-        self.max_bytes = max_bytes
+    def __init__(self, methods: Sequence[Method], max_bytes: int, image: Tensor | None = None):
+        self.max_bytes, self._image = max_bytes, image
         self._methods = {score_key(method): method for method in methods}
         self.of: dict[ScoreKey, dict[int, Tensor]] = {key: {} for key in self._methods}
         self.seen: dict[int, bool] = {}
@@ -209,9 +210,9 @@ class Scores:
             valid = valid_tokens(call.mask, n)
             self.valid = None if valid is None or bool(valid.all()) else valid.expand(call.key.shape[0], -1)
             self.ranks = HeadRanks.of(call.module)
-        valid = None if self.valid is None else self.valid.to(call.key.device)
+        valid, image = (None if each is None else each.to(call.key.device) for each in (self.valid, self._image))
         for key, method in self._methods.items():
-            scores = score_call(call, method, n, valid, method.protect.sink, self.max_bytes)
+            scores = score_call(call, method, n, valid, image, method.protect.sink, self.max_bytes)
             self.of[key][layer_idx] = join_heads(scores, method.ranking.heads)
         self.seen[layer_idx] = True
 

@@ -26,6 +26,7 @@ class ScoreInputs:
     Attributes:
         keys, values: [batch, kv_heads, n, head_dim], of the prompt's new tokens.
         valid: bool [batch, n], False at padding; None: no padding.
+        image: bool [batch, n], True at image tokens; None: nothing is known of images.
         ranking: the method's.
         sink: first valid tokens that are the attention sink; 0 in a later turn.
         layer_idx: of the decoder layer.
@@ -35,6 +36,7 @@ class ScoreInputs:
     keys: Tensor
     values: Tensor
     valid: Tensor | None
+    image: Tensor | None
     ranking: Any
     sink: int
     layer_idx: int
