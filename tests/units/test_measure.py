@@ -318,21 +318,27 @@ def test_a_pair_comes_in_at_its_entry_ratio(method):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(0.02, 0.6), min_size=6, max_size=6))
-def test_lengths_on_their_way_keep_the_budgets_and_are_nested(ratios):
+@given(st.lists(st.floats(0.02, 0.6), min_size=6, max_size=6), st.sampled_from([0.0, 0.02, 0.9]))
+def test_lengths_on_their_way_keep_the_budgets_and_are_nested(ratios, least):
     first = torch.tensor(ratios, dtype=torch.float64).view(1, 3, 2)
     first = first * 0.2 / first.mean()
     start = torch.cat([first.clamp_max(1), torch.lerp(first.clamp_max(1), torch.ones(1, 3, 2).double(), 0.4)])
     anchors = start.mean((1, 2)).tolist()
-    descent = Descent(start, anchors, 8)
+    descent = Descent(start, anchors, 8, least)
     found = descent.ratios()
     assert torch.allclose(found.mean((1, 2)), torch.tensor(anchors).double(), atol=1e-9)
-    assert (found - start).abs().max() < 0.02  # ratios near 0 and 1 are moved a little, so that they can move
+    if not least:
+        assert (found - start).abs().max() < 0.02  # ratios near 0 and 1 are moved a little, so that they can move
+    floors = torch.tensor([min(least, anchor / 2) for anchor in anchors], dtype=torch.float64)
+    assert (found >= floors.view(-1, 1, 1) - 1e-9).all()
     assert found.diff(dim=0).min() >= 0
     with torch.enable_grad():
         found = descent.ratios()
         (found[0, 0, 0] + found[1, 1, 1]).backward()
     assert descent._free.grad.sum(dim=(1, 2)).abs().max() < 1e-6  # what one head gains the others lose
+    with torch.no_grad():
+        descent._free += torch.tensor([-9.0, 9.0]) * torch.ones(3, 1)
+    assert (descent.ratios() >= floors.view(-1, 1, 1) - 1e-9).all()
 
 
 def test_a_descent_makes_lengths_cheaper():

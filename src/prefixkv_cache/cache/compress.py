@@ -39,7 +39,7 @@ from .second_pass import Context, SecondPass, context_of, first_pass, padding_of
 
 C = TypeVar("C", bound="CompressedCaches")
 RECONSTRUCT = "reconstruct"
-COMES_LATER = DEFAULT.replace(lengths="pool", text_floor=0.0, recent=1)
+COMES_LATER = DEFAULT.replace(lengths="pool", floor=0, text_floor=0.0, recent=1)
 """By which later turns are ranked and pairs leave while decoding, where nothing else is said."""
 
 

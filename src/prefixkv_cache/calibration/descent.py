@@ -26,7 +26,8 @@ EACH, MOST_VISITS = 8, 64
 _WARM, _COLD = 0.03, 0.015  # temperatures, in keep ratio, of the first and the last visits
 _RATE, _LEAST_RATE = 0.2, 0.02
 _EDGE = 0.003  # ratios nearer to 0 or 1 would hardly move
-_NOTHING = 1e-2  # divergences far below it need no further improvement
+NOTHING = 1e-2
+"""In nats a token: between divergences far below it there is nothing to choose, and nothing to improve."""
 
 
 class Descent:
@@ -36,20 +37,27 @@ class Descent:
         start: float64 [n_anchors, n_layers, n_heads], keep ratios.
         anchors: budgets, rising.
         visits: how often `step` will be called.
+        least: keep ratio that no unit falls below, but for budgets that hardly reach it.
     """
 
-    def __init__(self, start: Tensor, anchors: Sequence[float], visits: int):
+    def __init__(self, start: Tensor, anchors: Sequence[float], visits: int, least: float = 0.0):
         self.anchors, self._visits, self._done = list(anchors), visits, 0
-        self._free = _to_free(start).requires_grad_(True)
+        self._least = [min(least, budget / 2) for budget in anchors]
+        self._free = self._to_free(start).requires_grad_(True)
         self._optimiser = torch.optim.Adam([self._free], lr=_RATE, betas=(0.8, 0.99))
 
     def ratios(self) -> Tensor:
         """float64 [n_anchors, n_layers, n_heads], differentiable."""
         found: list[Tensor] = []
-        for free, budget in zip(self._free, self.anchors, strict=True):
-            below = found[-1] if found else torch.zeros_like(free)
+        for free, budget, least in zip(self._free, self.anchors, self._least, strict=True):
+            below = (found[-1] if found else torch.zeros_like(free)).clamp_min(least)
             found.append(_with_mean(free, below, budget))
         return torch.stack(found)
+
+    def _to_free(self, start: Tensor) -> Tensor:
+        below = torch.cat([torch.zeros_like(start[:1]), start[:-1]])
+        below = torch.maximum(below, start.new_tensor(self._least).view(-1, 1, 1))
+        return torch.logit(((start - below) / (1 - below).clamp_min(_EDGE)).clamp(_EDGE, 1 - _EDGE))
 
     def at_budgets(self, budgets: Sequence[float]) -> Tensor:
         """float64 [n_budgets, n_layers, n_heads], as a profile interpolates between the anchors."""
@@ -77,7 +85,7 @@ class Descent:
                     for of_layers in gathered
                 ]
                 for divergences in prompt.faded_divergences(gates, continuation):
-                    loss = (divergences + _NOTHING).log().mean(1).sum() / (len(self.anchors) * len(continuations))
+                    loss = (divergences + NOTHING).log().mean(1).sum() / (len(self.anchors) * len(continuations))
                     loss.backward()
                     total += loss.item()
             ratios.backward(gathered.grad)
@@ -100,11 +108,6 @@ def fade(entry: Tensor, ratio: Tensor, temperature: float) -> Tensor:
     """
     faded = F.logsigmoid((ratio.float()[None, :, None] - entry) / temperature)
     return torch.where(entry > 0, faded, torch.zeros_like(faded))
-
-
-def _to_free(start: Tensor) -> Tensor:
-    below = torch.cat([torch.zeros_like(start[:1]), start[:-1]])
-    return torch.logit(((start - below) / (1 - below).clamp_min(_EDGE)).clamp(_EDGE, 1 - _EDGE))
 
 
 def _with_mean(free: Tensor, below: Tensor, mean: float) -> Tensor:

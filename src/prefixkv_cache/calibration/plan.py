@@ -20,7 +20,7 @@ from ..methods import DEFAULT, PREFIXKV, Method, resolve
 from ..profiles.profile import MAX_MEAN_ERROR, PrefixProfile
 from ..rules.checks import check_budget, check_choice, check_integer
 from ..rules.importance import DEFAULT_MAX_BYTES
-from .descent import ANCHORS, EACH, MOST_VISITS, Descent
+from .descent import ANCHORS, EACH, MOST_VISITS, NOTHING, Descent
 from .propose import CRITERIA, UNITS, blends, loss_ratios
 
 DEFAULT_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -30,17 +30,16 @@ UNIFORM, PAPER = "uniform", "paper"
 """Candidates that the others are held against: equal lengths, and the paper's ranking and search."""
 REFERENCES = (UNIFORM, PAPER)
 RANKINGS = (
-    "default:floor=8",
+    "default:floor=0",
     "default:floor=16",
     "default:score=attention;recent=0.1",
-    "default:score=attention;recent=0.1;floor=8",
+    "default:score=key-difference",
 )
 """Methods that the best lengths are also tried with, where no method was asked for."""
 WRITTEN = ("method", "n_layers", "n_heads", "by", "measured")
 """Metadata that the calibrator writes by what it found."""
 
 _DIVERGENCE, _LATER = 0, 3  # places in a row of costs
-_NOTHING = 1e-3  # a divergence far below it is no difference worth a choice, in nats a token
 # The spread takes about six bytes a value; larger tables would not fit beside the rest in a profile's header.
 _MAX_SPREAD_VALUES = 2**16
 
@@ -193,14 +192,14 @@ class Plan:
         name = f"gradient/{self.unit}"
         return {name: Candidate(keep, self.method), **self.ranked(name, keep)}
 
-    def descent(self, keep: Tensor, n_layers_and_heads: tuple[int, int], visits: int) -> Descent:
-        """The descent from these lengths."""
+    def descent(self, keep: Tensor, n_layers_and_heads: tuple[int, int], n_tokens: int, visits: int) -> Descent:
+        """The descent from these lengths, above the method's floor in a prompt of so many tokens."""
         n_layers, n_heads = n_layers_and_heads
         units = 1 if self.unit == "layer" else n_heads
         keep = keep.expand(-1, n_layers, -1) if units > 1 else keep.mean(2, keepdim=True).expand(-1, n_layers, -1)
         profile = PrefixProfile(list(self.budgets), keep)
         start = torch.stack([profile.keep_ratios(anchor) for anchor in ANCHORS])
-        return Descent(start.expand(-1, -1, units).clone(), ANCHORS, visits)
+        return Descent(start.expand(-1, -1, units).clone(), ANCHORS, visits, self.method.lengths.floor / n_tokens)
 
     def _check_means(self, keep: Tensor, lengths: Sequence[int]) -> None:
         for budget, mean in zip(self.budgets, keep.mean((1, 2)).tolist(), strict=True):
@@ -248,7 +247,7 @@ def advantage(costs: Costs, name: str) -> float:
         for own, uniform in zip(costs[name], costs[UNIFORM], strict=True)
         for place in (_DIVERGENCE, _LATER)
     ]
-    return math.fsum(math.log((own + _NOTHING) / (uniform + _NOTHING)) for own, uniform in pairs) / len(pairs)
+    return math.fsum(math.log((own + NOTHING) / (uniform + NOTHING)) for own, uniform in pairs) / len(pairs)
 
 
 def best(costs: Costs) -> str:

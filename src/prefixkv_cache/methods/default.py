@@ -47,7 +47,7 @@ def _places(scores: Tensor, valid: Tensor | None) -> Tensor:
 
 DEFAULT = Method(
     Ranking("combined", queries=16, context=64, heads="each", pooling=13, pooling_by="mean", value_norm=True),
-    Lengths("uniform"),
+    Lengths("uniform", floor=8),
     Protect(recent=0.2, text_floor=0.5),
     Decode(distance=1, headroom=64),
 )
