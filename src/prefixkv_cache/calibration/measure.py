@@ -28,7 +28,7 @@ from ..rules.scoring import join_heads
 from .forwards import Forwards
 from .observe import ObservedCache, ScoreKey, Scores, check_observed, evaluating, model_inputs, score_key, valid_rows
 
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 100
 """Length of the answers, at most."""
 _LEAD, _REPEATED = 24, 64  # tokens of a prompt that are fed once more: first some that are not measured
 _LADDER = 64  # steps in which it is found at which ratio a pair comes in
