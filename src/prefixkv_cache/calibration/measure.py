@@ -230,7 +230,7 @@ class AnsweredPrompt:
         prompt, index = self._prompts[score_key(method)][place], self.layers[place]
         masks = []
         for ratio in ratios:
-            kept = _kept_at(ratio, prompt, method, method.lengths.floor)
+            kept = _kept_at(ratio, prompt, method)
             heads = torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device)[..., None]
             masks += [kept] if unit == "layer" else [kept | ~head for head in heads]
         found = torch.stack([cost.divergence for cost in self.costs([{index: mask} for mask in masks])]).cpu()
@@ -280,7 +280,7 @@ class AnsweredPrompt:
         """
         found = {}
         for index, prompt in zip(self.layers, self._prompts[score_key(method)], strict=True):
-            kept = torch.stack([_kept_at((step - 0.5) / _LADDER, prompt, method, 0) for step in range(1, _LADDER)])
+            kept = torch.stack([_kept_at((step - 0.5) / _LADDER, prompt, method) for step in range(1, _LADDER)])
             missing = (~kept).sum(0).float()
             found[index] = torch.where(kept[0], torch.zeros_like(missing), missing / _LADDER)
         return found
@@ -377,10 +377,10 @@ def _mean(of_tokens: Tensor, counting: Tensor) -> Tensor:
     return (of_tokens.double() * counting).sum(1) / counting.sum(1)
 
 
-def _kept_at(ratio: float, prompt: LayerPrompt, method: Method, floor: int) -> Tensor:
-    """Bool [batch, kv_heads, n]: what all heads of a layer keep at one ratio."""
+def _kept_at(ratio: float, prompt: LayerPrompt, method: Method) -> Tensor:
+    """Bool [batch, kv_heads, n]: what all heads of a layer keep at one ratio, whatever the floor."""
     sink = method.protect.sink
-    source = RatioLengths(lambda _: [[ratio]], ratio, 0, sink=sink, floor=floor, dithered=False, source="this layer")
+    source = RatioLengths(lambda _: [[ratio]], ratio, 0, sink=sink, floor=0, dithered=False, source="this layer")
     return _kept_mask(prompt, source.shares([prompt], [0])[0], method)
 
 
