@@ -84,7 +84,9 @@ def test_pruning_equals_masking(family, way, tmp_path):
 @pytest.mark.parametrize("family", ["llava_gqa", EIGHT_HEADS])
 def test_counts_and_bytes_while_answering(family, way, tmp_path):
     headroom = 6
-    model, inputs, cache = compressed(family, (61,), later=f"default:lengths=pool;floor=0;text_floor=0;headroom={headroom}")
+    model, inputs, cache = compressed(
+        family, (61,), later=f"default:lengths=pool;floor=0;text_floor=0;headroom={headroom}"
+    )
     cache = by(way, cache, model, tmp_path)
     watch = Watch(cache, family)
     ask(model, inputs, cache, watch, n=30)

@@ -69,7 +69,9 @@ def test_a_profile_of_another_depth_without_config():
 
 def test_ratios_that_leave_a_head_nothing_leave_the_least():
     keep = [[[0.0, 1.0]] * 6]
-    cache = PrefixKVCache(PrefixProfile([0.5], keep), 0.5, method="default:floor=0", config=models.weights("llava_gqa").config)
+    cache = PrefixKVCache(
+        PrefixProfile([0.5], keep), 0.5, method="default:floor=0", config=models.weights("llava_gqa").config
+    )
     feed(models.shared("llava_gqa"), models.batch("llava_gqa"), models.words(1, 1), cache)
     assert cache.stored_lengths(heads=True) == [[2, 61]] * 6
 
