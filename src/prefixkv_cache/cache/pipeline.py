@@ -1,7 +1,7 @@
 """The way of a prompt through one layer: importance -> scores -> counts -> kept columns -> layer.prune.
 
 `prune_after_attention` is that line; the cache calls it after each layer's prompt attention, and the calibrator calls
-`score_call` of it with nothing pruned. Each step is a pure function of rules/ or methods/, or a source of lengths.
+`score_calls` of it with nothing pruned. Each step is a pure function of rules/ or methods/, or a source of lengths.
 """
 
 from __future__ import annotations
@@ -79,33 +79,6 @@ def _keeps_all(layer: PrunedLayer, prompt: Prompt, source: LengthSource) -> bool
 # Importance -> scores.
 
 
-def score_call(
-    call: AttentionCall,
-    method: Method,
-    n_new: int,
-    valid: Tensor | None,
-    image: Tensor | None,
-    sink: int,
-    max_bytes: int,
-) -> Tensor:
-    """Scores of a prompt's keys from one attention call, the key heads of all ranks agreed as the method says.
-
-    Args:
-        call: of the prompt.
-        method: how keys are ranked.
-        n_new: the last so many keys are the prompt's.
-        valid: bool [batch, n_new], False at padding. None: no padding.
-        image: bool [batch, n_new], True at image tokens. None: nothing is known of images.
-        sink: first valid tokens that are the attention sink.
-        max_bytes: ceiling for the temporaries of the importance computation.
-
-    Returns:
-        float32 [batch, all kv_heads, n_new].
-    """
-    scores = score_calls([call], [None], method, n_new, valid, image, sink, max_bytes)
-    return HeadRanks.of(call.module).gather(scores)
-
-
 def score_calls(
     calls: Sequence[AttentionCall],
     groups: Sequence[HeadGroup | None],
@@ -116,7 +89,18 @@ def score_calls(
     sink: int,
     max_bytes: int,
 ) -> Tensor:
-    """Scores of a prompt's new keys, before heads agree: float32 [batch, kv_heads, n_new]."""
+    """Scores of a prompt's keys, before heads agree: float32 [batch, kv_heads, n_new], the key heads of this rank.
+
+    Args:
+        calls: of the prompt, by segment.
+        groups: the key heads of each call. [None]: there is one call, of all heads.
+        method: how keys are ranked.
+        n_new: the last so many keys are the prompt's.
+        valid: bool [batch, n_new], False at padding. None: no padding.
+        image: bool [batch, n_new], True at image tokens. None: nothing is known of images.
+        sink: first valid tokens that are the attention sink.
+        max_bytes: ceiling for the temporaries of the importance computation.
+    """
 
     def importance(picks: Picks) -> Tensor:
         return joined([call.importance(picks, valid, max_bytes)[..., -n_new:] for call in calls])
@@ -128,8 +112,7 @@ def score_calls(
         return torch.cat(parts, 1)[:, sorted(range(len(heads)), key=heads.__getitem__)]
 
     keys, values = (joined([getattr(call, name)[:, :, -n_new:] for call in calls]) for name in ("key", "value"))
-    layer_idx = getattr(calls[0].module, "layer_idx", 0)
-    layer_idx = 0 if layer_idx is None else layer_idx
+    layer_idx = getattr(calls[0].module, "layer_idx", None) or 0
     inputs = ScoreInputs(keys, values, valid, image, method.ranking, sink, layer_idx, importance)
     return SCORES[method.ranking.score](inputs)
 

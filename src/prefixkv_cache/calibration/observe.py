@@ -19,7 +19,7 @@ from ..cache.architecture import PRUNABLE, cache_layers
 from ..cache.call import AttentionCall
 from ..cache.compat import MaxLengthNames, explain_unseen, n_queries
 from ..cache.hook import HandedOut, hand_out, hold_hook
-from ..cache.pipeline import score_call
+from ..cache.pipeline import score_calls
 from ..cache.segments import Shown
 from ..cache.tensor_parallel import ALONE, HeadRanks
 from ..methods import Method
@@ -212,8 +212,8 @@ class Scores:
             self.ranks = HeadRanks.of(call.module)
         valid, image = (None if each is None else each.to(call.key.device) for each in (self.valid, self._image))
         for key, method in self._methods.items():
-            scores = score_call(call, method, n, valid, image, method.protect.sink, self.max_bytes)
-            self.of[key][layer_idx] = join_heads(scores, method.ranking.heads)
+            scores = score_calls([call], [None], method, n, valid, image, method.protect.sink, self.max_bytes)
+            self.of[key][layer_idx] = join_heads(HeadRanks.of(call.module).gather(scores), method.ranking.heads)
         self.seen[layer_idx] = True
 
 

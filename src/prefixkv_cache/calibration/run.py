@@ -162,8 +162,9 @@ class Run:
                 known = answers.get(job.indices)
                 prompt = answered(self.model, self.plan, job.load(job.indices), [candidate.method], known)
                 answers[job.indices] = prompt.answer
-                shape, n_tokens = prompt.n_layers_and_heads, max(prompt.n_tokens)
-                descent = descent or self.plan.descent(candidate.keep, shape, n_tokens, visits)
+                if descent is None:
+                    shape, n_tokens = prompt.n_layers_and_heads, max(prompt.n_tokens)
+                    descent = self.plan.descent(candidate.keep, shape, n_tokens, visits)
                 descent.step(prompt, candidate.method)
                 self._count(1)
         except Exception as error:
