@@ -26,7 +26,7 @@ FIELDS = {
     "pooling_by": st.sampled_from(["max", "mean"]),
     "value_norm": st.booleans(),
     "lengths": st.sampled_from(["search", "uniform", "pyramid", "pool"]),
-    "floor": st.integers(0, 100),
+    "floor": st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_min=True, exclude_max=True)),
     "sink": st.integers(0, 8),
     "recent": st.one_of(st.integers(1, 64), st.floats(0, 1, exclude_min=True, exclude_max=True)),
     "text_floor": st.floats(0, 1),

@@ -279,7 +279,7 @@ class Rule:
             for layer, ratio in zip(layers, rules.pyramid(budget, len(layers)), strict=True):
                 ratios[layer] = [ratio] * n_heads[layer]
         if lengths.floor:
-            flat = iter(rules.raised([each for layer in layers for each in ratios[layer]], lengths.floor / n))
+            flat = iter(rules.raised([each for layer in layers for each in ratios[layer]], self._floor(n)))
             ratios = {layer: [next(flat) for _ in ratios[layer]] for layer in layers}
         if self.profile is not None or budget == 1:
             counts = {layer: [rules.prompt_count(n, ratio, least - 1) for ratio in ratios[layer]] for layer in layers}
@@ -303,9 +303,13 @@ class Rule:
                 head.ratio = ratio
         return counts
 
+    def _floor(self, n):
+        floor = self.method.lengths.floor
+        return floor if isinstance(floor, float) else floor / n
+
     def _pool(self, scores, n, budget):
         """[layer][head] from one pool; more than four heads are grouped by what a budget of 0.2 gives."""
-        n_heads, least = sum(map(len, scores)), max(self.method.protect.sink + 1, self.method.lengths.floor)
+        n_heads, least = sum(map(len, scores)), max(self.method.protect.sink + 1, round(n * self._floor(n)))
         wanted, at_a_fifth = (rules.pool_of_all(scores, round(each * n * n_heads), least) for each in (budget, 0.2))
         if len(scores[0]) <= 4:
             return wanted

@@ -57,14 +57,14 @@ def norm(vector):
 
 
 def combined(by_attention, by_difference, image=()):
-    """By attention; image columns by key difference in turn with it; the others, from a fifth of the keys on, two by
-    key difference for each one. Of equals the first column."""
+    """Image columns by key difference; the others by attention, and from a fifth of the keys on two by key difference
+    for each one. Of equals the first column."""
     rankings = [
         sorted(range(len(scores)), key=lambda column, scores=scores: (-scores[column], column))
         for scores in (by_attention, by_difference)
     ]
     alone, found = len(by_attention) // 5, {}
-    steps = [(place, column) for place, column in enumerate(rankings[0])]
+    steps = [(place, column) for place, column in enumerate(rankings[0]) if column not in image]
     steps += [
         (place + 1 / 2 if column in image else alone + place / 2 + 1 / 4, column)
         for place, column in enumerate(rankings[1])

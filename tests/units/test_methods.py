@@ -23,7 +23,7 @@ BAD = [
     ("pooling", "wide", "at least 1"),
     ("pooling", True, "at least 1"), ("pooling_by", "sum", "mean"), ("value_norm", 1, "True or False"),
     ("lengths", "flat", "uniform"), ("lengths", None, "uniform"),
-    ("floor", -1, "at least 0"), ("floor", 0.5, "integer"),
+    ("floor", -1, "at least 0"), ("floor", 1.5, "share"), ("floor", -0.5, "share"), ("floor", "some", "integer"),
     ("sink", -1, "at least 0"), ("sink", "one", "integer"),
     ("recent", 0, "at least 1"), ("recent", -3, "at least 1"), ("recent", 1.5, "share"),
     ("recent", "half", "at least 1"),

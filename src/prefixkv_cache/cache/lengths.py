@@ -19,7 +19,7 @@ from torch import Tensor
 from ..methods import Method
 from ..profiles.profile import PrefixProfile, ProfileError
 from ..rules.clustering import cluster, group_means
-from ..rules.lengths import dithered_count, pool_counts, prompt_count, pyramid_ratios, raise_to_floor
+from ..rules.lengths import dithered_count, fraction_of, pool_counts, prompt_count, pyramid_ratios, raise_to_floor
 from ..rules.threshold import search_threshold
 from .prompt import Prompt
 
@@ -82,7 +82,7 @@ class RatioLengths:
         budget: a fraction, or pairs a head.
         n_layers: prunable layers; 0: not known.
         sink: each head keeps at least `sink + 1` pairs.
-        floor: tokens that each head keeps at least.
+        floor: tokens that each head keeps at least, or that share of the prompt.
         dithered: whether layers of one ratio round so that their total is exact.
         source: whose ratios, for errors.
     """
@@ -96,7 +96,7 @@ class RatioLengths:
         n_layers: int,
         *,
         sink: int,
-        floor: int,
+        floor: int | float,
         dithered: bool,
         source: str,
     ):
@@ -107,7 +107,7 @@ class RatioLengths:
     def table(self, n_tokens: int) -> list[list[float]]:
         """Keep ratios [n_layers][1 or n_heads] for a row of so many valid tokens."""
         fraction = fraction_of(self._budget, n_tokens)
-        floor = min(1.0, self._floor / max(1, n_tokens))
+        floor = fraction_of(self._floor, n_tokens)
         if (fraction, floor) not in self._tables:
             ratios = torch.tensor(self._ratios(fraction), dtype=torch.float64)
             self._tables[fraction, floor] = (raise_to_floor(ratios, floor) if floor else ratios).tolist()
@@ -204,7 +204,7 @@ class ScoredLengths:
         pool = torch.stack(scores)
         n_tokens, n_heads = pool.shape[2], pool.shape[0] * pool.shape[1]
         total = round(fraction * n_heads * n_tokens)
-        least = max(self._sink + 1, min(self._floor, total // n_heads))
+        least = max(self._sink + 1, min(round(fraction_of(self._floor, n_tokens) * n_tokens), total // n_heads))
         # Grouped by what heads would keep at one budget, whatever the budget asked for is: so more budget never keeps
         # less. A group's heads get its mean, rounded down; a layer leaves fewer pairs over than it has heads.
         reference = pool_counts(pool, round(_GROUPING_BUDGET * n_heads * n_tokens), least).tolist()
@@ -230,11 +230,6 @@ def own_heads(of_heads: list[T], prompt: Prompt, source: str = "the pool") -> li
         f"{source} has lengths for {len(of_heads)} key heads, but this model has {n_heads}; "
         "take the profile of this model, or none: PrefixKVCache(budget=...)"
     )
-
-
-def fraction_of(budget: float | int, n_tokens: int) -> float:
-    """The budget as a fraction of a row's valid tokens, in (0, 1]."""
-    return budget if isinstance(budget, float) else min(1.0, budget / max(1, n_tokens))
 
 
 def length_source(

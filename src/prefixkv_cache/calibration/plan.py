@@ -20,6 +20,7 @@ from ..methods import DEFAULT, PREFIXKV, Method, resolve
 from ..profiles.profile import MAX_MEAN_ERROR, PrefixProfile
 from ..rules.checks import check_budget, check_choice, check_integer
 from ..rules.importance import DEFAULT_MAX_BYTES
+from ..rules.lengths import fraction_of
 from .descent import ANCHORS, EACH, MOST_VISITS, NOTHING, Descent
 from .propose import CRITERIA, UNITS, blends, loss_ratios
 
@@ -31,7 +32,7 @@ UNIFORM, PAPER = "uniform", "paper"
 REFERENCES = (UNIFORM, PAPER)
 RANKINGS = (
     "default:floor=0",
-    "default:floor=16",
+    "default:floor=0.04",
     "default:score=attention;recent=0.1",
     "default:score=key-difference",
 )
@@ -199,7 +200,8 @@ class Plan:
         keep = keep.expand(-1, n_layers, -1) if units > 1 else keep.mean(2, keepdim=True).expand(-1, n_layers, -1)
         profile = PrefixProfile(list(self.budgets), keep)
         start = torch.stack([profile.keep_ratios(anchor) for anchor in ANCHORS])
-        return Descent(start.expand(-1, -1, units).clone(), ANCHORS, visits, self.method.lengths.floor / n_tokens)
+        least = fraction_of(self.method.lengths.floor, n_tokens)
+        return Descent(start.expand(-1, -1, units).clone(), ANCHORS, visits, least)
 
     def _check_means(self, keep: Tensor, lengths: Sequence[int]) -> None:
         for budget, mean in zip(self.budgets, keep.mean((1, 2)).tolist(), strict=True):

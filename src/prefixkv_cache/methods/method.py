@@ -62,15 +62,16 @@ class Lengths:
         lengths: where they come from when there is no profile: `"uniform"`, `"pyramid"` (PyramidKV, arXiv 2406.02069),
             `"search"`: one threshold on cumulative importance for each layer of the prompt (PrefixKV, arXiv
             2412.03409), or `"pool"`: one pool of scores over all layers and key heads of the prompt.
-        floor: tokens that every key head keeps at least; the others are scaled so that the budget stays.
+        floor: tokens that every key head keeps at least, or below 1 that share of the prompt; the others are scaled so
+            that the budget stays.
     """
 
     lengths: str = "uniform"
-    floor: int = 0
+    floor: int | float = 0
 
     def __post_init__(self) -> None:
         check_choice("lengths", self.lengths, ("search", "uniform", "pyramid", "pool"))
-        _set(self, "floor", _check_tokens("floor", self.floor, 0))
+        _set(self, "floor", _check_tokens_or_share("floor", self.floor, 0))
 
     @property
     def need_all_layers(self) -> bool:
@@ -99,7 +100,7 @@ class Protect:
 
     def __post_init__(self) -> None:
         _set(self, "sink", _check_tokens("sink", self.sink, 0))
-        _set(self, "recent", _check_recent(self.recent))
+        _set(self, "recent", _check_tokens_or_share("recent", self.recent, 1))
         _set(self, "text_floor", check_fraction("text_floor", self.text_floor))
         if not isinstance(self.merge, bool):
             raise TypeError(f"merge must be True or False; got {self.merge!r}")
@@ -298,10 +299,10 @@ def _check_tokens(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _check_recent(value: Any) -> int | float:
+def _check_tokens_or_share(name: str, value: Any, least: int) -> int | float:
     if isinstance(value, float) and not value.is_integer():
         share = to_float(value)
         if not 0.0 < share < 1.0:
-            raise ValueError(f"recent must be a number of tokens, 1 or more, or a share in (0, 1); got {value!r}")
+            raise ValueError(f"{name} must be a number of tokens, {least} or more, or a share in (0, 1); got {value!r}")
         return share
-    return _check_tokens("recent", int(value) if isinstance(value, float) else value, 1)
+    return _check_tokens(name, int(value) if isinstance(value, float) else value, least)

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def fraction_of(tokens: float | int, n_tokens: int) -> float:
+    """What is a fraction already, or a number of tokens, as a fraction of a row's valid tokens, in [0, 1]."""
+    return tokens if isinstance(tokens, float) else min(1.0, tokens / max(1, n_tokens))
+
+
 @lru_cache(maxsize=4096)
 def prompt_count(ratio: float, n: int, sink: int = 1) -> int:
     """Pairs that a head keeps of a prompt: `N - round_half_even(N * (1 - keep))`.
