@@ -1,12 +1,12 @@
 """The default: what this library uses where neither a method nor a profile says otherwise.
 
 Every key head keeps its own keys, all heads equally many, a fifth of them the newest. Image tokens are ranked by key
-difference: how far a key points away from the others (keydiff.py). Text is ranked by attention: the larger of two shares,
-each without the sink, from the prompt's last 16 tokens, averaged over 13 neighbours, and from 64 tokens spread evenly
-over the prompt; times the norm of the value. Where more than a fifth of the prompt stays, unlike keys of text come in
-as well. Attention sees what the question asks for and what a summary needs; an unlike key is what an answer may yet come
-to, or a later question ask for (docs/study.md). With a profile no head keeps fewer than a fiftieth of the prompt. The
-prompt's pairs stay while decoding, and an answer has 64 pairs a head to itself.
+difference: how far a key points away from the others (keydiff.py). Text is ranked by attention: the larger of two
+shares, each without the sink, from the prompt's last 16 tokens, averaged over 13 neighbours, and from 64 tokens spread
+evenly over the prompt; times the norm of the value. Where more than a fifth of the prompt stays, unlike keys of text
+come in as well. Attention sees what the question asks for and what a summary needs; an unlike key is what an answer may
+yet come to, or a later question ask for (docs/study.md). With a profile no head keeps less than a fiftieth of the
+prompt. The prompt's pairs stay while decoding, and an answer has 64 pairs a head to itself.
 """
 
 import torch
