@@ -31,10 +31,10 @@ UNIFORM, PAPER = "uniform", "paper"
 """Candidates that the others are held against: equal lengths, and the paper's ranking and search."""
 REFERENCES = (UNIFORM, PAPER)
 RANKINGS = (
-    "default:floor=0",
-    "default:floor=0.04",
+    "default:floor=0.05",
     "default:score=attention;recent=0.1",
     "default:score=key-difference",
+    "default:score=key-difference;floor=0.05",
 )
 """Methods that the best lengths are also tried with, where no method was asked for."""
 WRITTEN = ("method", "n_layers", "n_heads", "by", "measured")
