@@ -193,14 +193,14 @@ class Plan:
         name = f"gradient/{self.unit}"
         return {name: Candidate(keep, self.method), **self.ranked(name, keep)}
 
-    def descent(self, keep: Tensor, n_layers_and_heads: tuple[int, int], n_tokens: int, visits: int) -> Descent:
-        """The descent from these lengths, above the method's floor in a prompt of so many tokens."""
+    def descent(self, of: Candidate, n_layers_and_heads: tuple[int, int], n_tokens: int, visits: int) -> Descent:
+        """The descent from a candidate's lengths, above its method's floor in a prompt of so many tokens."""
         n_layers, n_heads = n_layers_and_heads
-        units = 1 if self.unit == "layer" else n_heads
+        units, keep = 1 if self.unit == "layer" else n_heads, of.keep
         keep = keep.expand(-1, n_layers, -1) if units > 1 else keep.mean(2, keepdim=True).expand(-1, n_layers, -1)
         profile = PrefixProfile(list(self.budgets), keep)
         start = torch.stack([profile.keep_ratios(anchor) for anchor in ANCHORS])
-        least = fraction_of(self.method.lengths.floor, n_tokens)
+        least = fraction_of(of.method.lengths.floor, n_tokens)
         return Descent(start.expand(-1, -1, units).clone(), ANCHORS, visits, least)
 
     def _check_means(self, keep: Tensor, lengths: Sequence[int]) -> None:

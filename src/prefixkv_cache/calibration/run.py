@@ -164,7 +164,7 @@ class Run:
                 answers[job.indices] = prompt.answer
                 if descent is None:
                     shape, n_tokens = prompt.n_layers_and_heads, max(prompt.n_tokens)
-                    descent = self.plan.descent(candidate.keep, shape, n_tokens, visits)
+                    descent = self.plan.descent(candidate, shape, n_tokens, visits)
                 descent.step(prompt, candidate.method)
                 self._count(1)
         except Exception as error:
