@@ -11,10 +11,10 @@ from oracle import feed, open_attention
 from prefixkv_cache import PrefixKVCache, PrefixProfile, methods
 from prefixkv_cache.cache.guards import image_mask_of
 from prefixkv_cache.calibration import forwards
-from prefixkv_cache.calibration.descent import Descent, fade
+from prefixkv_cache.calibration.descent import ANCHORS, Descent, fade
 from prefixkv_cache.calibration.forwards import positions_behind
 from prefixkv_cache.calibration.measure import AnsweredPrompt
-from prefixkv_cache.calibration.plan import Plan, advantage, best
+from prefixkv_cache.calibration.plan import Candidate, Plan, advantage, best
 from prefixkv_cache.calibration.propose import blend, loss_ratios, reconstruction_counts
 
 LENGTHS = (61, 44, 40)
@@ -339,6 +339,21 @@ def test_lengths_on_their_way_keep_the_budgets_and_are_nested(ratios, least):
     with torch.no_grad():
         descent._free += torch.tensor([-9.0, 9.0]) * torch.ones(3, 1)
     assert (descent.ratios() >= floors.view(-1, 1, 1) - 1e-9).all()
+
+
+def test_a_descent_holds_the_floor_of_the_ranking_it_descends_with():
+    keep = torch.tensor([[[0.0, 0.4]], [[0.2, 0.8]]], dtype=torch.float64)
+    plan = Plan(unit="head", budgets=(0.2, 0.5))
+    for floor, least in (
+        (0, 0.0),
+        (0.1, 0.1),
+        (25, 0.25),
+        (40, 0.25),
+    ):  # of 100 tokens, half of the budget at most
+        method = methods.DEFAULT.replace(floor=floor)
+        found = plan.descent(Candidate(keep, method), (1, 2), 100, 4).ratios()[ANCHORS.index(0.5)]
+        assert float(found.min()) == pytest.approx(max(least, 0.2), abs=0.02)
+        assert float(found.min()) >= least - 1e-9
 
 
 def test_a_descent_makes_lengths_cheaper():
