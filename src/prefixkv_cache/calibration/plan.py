@@ -153,7 +153,14 @@ class Plan:
 
     def steps(self, n_found: int, n_aside: int) -> int:
         """How much there is to do, in prompts, for so many samples of either kind."""
-        return n_found + (n_aside * (3 + bool(self.rankings)) + self.visits(n_found) if self.is_measured else 0)
+        if not self.is_measured:
+            return n_found
+        return n_found + n_aside * (3 + bool(self.rankings)) + self.visits(n_found) * len(self.floors)
+
+    @property
+    def floors(self) -> tuple[float | int, ...]:
+        """Of the method and the other rankings: lengths are improved above each."""
+        return tuple(dict.fromkeys(each.lengths.floor for each in (self.method, *self.rankings)))
 
     def visits(self, n_samples: int) -> int:
         """Prompts that a descent looks at."""
@@ -188,10 +195,19 @@ class Plan:
         """The lengths of one candidate, with each of the other rankings."""
         return {f"{name}, {method.spell()}": Candidate(keep, method) for method in self.rankings}
 
-    def improved(self, keep: Tensor) -> dict[str, Candidate]:
-        """Lengths that were improved by gradient, with each of the rankings."""
+    def improved(self, keeps: Mapping[float | int, Tensor]) -> dict[str, Candidate]:
+        """Lengths that were improved by gradient, with each of the rankings.
+
+        Args:
+            keeps: by floor; a ranking takes those above its own.
+        """
         name = f"gradient/{self.unit}"
-        return {name: Candidate(keep, self.method), **self.ranked(name, keep)}
+        found = {name: self.method} | {f"{name}, {method.spell()}": method for method in self.rankings}
+        return {
+            name: Candidate(keeps[method.lengths.floor], method)
+            for name, method in found.items()
+            if method.lengths.floor in keeps
+        }
 
     def descent(self, of: Candidate, n_layers_and_heads: tuple[int, int], n_tokens: int, visits: int) -> Descent:
         """The descent from a candidate's lengths, above its method's floor in a prompt of so many tokens."""

@@ -1,8 +1,8 @@
 """A calibration on its way: samples go through the model, findings are kept, and the next round follows from them.
 
 Rounds: find what proposals are made of; measure all proposals; measure the best lengths with other rankings; improve
-the best by gradient, and measure that; measure the one that won at all budgets. What a sample gives is in find.py, the
-arithmetic in plan.py and descent.py.
+the best by gradient, above each floor, and measure that; measure the one that won at all budgets. What a sample gives
+is in find.py, the arithmetic in plan.py and descent.py.
 """
 
 from __future__ import annotations
@@ -131,17 +131,19 @@ class Run:
             yield Round({won[0]: won[1], **references}, self.plan.budgets)
 
     def _improved(self, candidate: Candidate, jobs: Sequence[Job] | None) -> dict[str, Candidate]:
-        """A candidate's lengths after the descent; nothing where that could not be done."""
-        stage = f"improved {Round({'': candidate}, self.plan.budgets).stage}"
-        if f"{stage}/0" not in self.state and jobs is not None:
-            keep = self._descend(candidate, jobs) if jobs else None
-            if keep is not None:
-                self.state.add(f"{stage}/0", [as_row(1, {"keep": keep})])
-            self.share()
-        rows = self.rows(stage)
-        if not rows:
-            return {}
-        return self.plan.improved(torch.tensor(rows[0]["tables"]["keep"], dtype=torch.float64))
+        """A candidate's lengths after a descent above each floor; nothing where that could not be done."""
+        keeps: dict[float | int, Tensor] = {}
+        for floor in self.plan.floors:
+            start = Candidate(candidate.keep, candidate.method.replace(floor=floor))
+            stage = f"improved {Round({'': start}, self.plan.budgets).stage}"
+            if f"{stage}/0" not in self.state and jobs is not None:
+                keep = self._descend(start, jobs) if jobs else None
+                if keep is not None:
+                    self.state.add(f"{stage}/0", [as_row(1, {"keep": keep})])
+                self.share()
+            for row in self.rows(stage):
+                keeps[floor] = torch.tensor(row["tables"]["keep"], dtype=torch.float64)
+        return self.plan.improved(keeps)
 
     def _best(self, rounds: Sequence[Round]) -> tuple[str, Candidate] | None:
         """The best of the candidates so far; None where nothing could be measured."""
