@@ -133,11 +133,12 @@ class Run:
     def _improved(self, candidate: Candidate, jobs: Sequence[Job] | None) -> dict[str, Candidate]:
         """A candidate's lengths after a descent above each floor; nothing where that could not be done."""
         keeps: dict[float | int, Tensor] = {}
+        answers: dict[tuple[int, ...], Tensor] = {}
         for floor in self.plan.floors:
             start = Candidate(candidate.keep, candidate.method.replace(floor=floor))
             stage = f"improved {Round({'': start}, self.plan.budgets).stage}"
             if f"{stage}/0" not in self.state and jobs is not None:
-                keep = self._descend(start, jobs) if jobs else None
+                keep = self._descend(start, jobs, answers) if jobs else None
                 if keep is not None:
                     self.state.add(f"{stage}/0", [as_row(1, {"keep": keep})])
                 self.share()
@@ -153,10 +154,15 @@ class Run:
         name = best(mean_costs(measured))
         return name, {name: each for some in rounds for name, each in some.candidates.items()}[name]
 
-    def _descend(self, candidate: Candidate, jobs: Sequence[Job]) -> Tensor | None:
-        """float64 [n_budgets, n_layers, n_heads or 1]: the candidate's lengths, improved on samples."""
+    def _descend(
+        self, candidate: Candidate, jobs: Sequence[Job], answers: dict[tuple[int, ...], Tensor]
+    ) -> Tensor | None:
+        """float64 [n_budgets, n_layers, n_heads or 1]: the candidate's lengths, improved on samples.
+
+        Args:
+            answers: those written before, by the job; more are added.
+        """
         descent: Descent | None = None
-        answers: dict[tuple[int, ...], Tensor] = {}
         try:
             visits = self.plan.visits(len(jobs))
             for visit in range(visits):
