@@ -356,6 +356,17 @@ def test_a_descent_holds_the_floor_of_the_ranking_it_descends_with():
         assert float(found.min()) >= least - 1e-9
 
 
+def test_each_ranking_takes_the_lengths_above_its_own_floor():
+    plan = Plan.asked(None, "measured", "head", [0.2, 0.5])
+    keeps = {floor: torch.full((2, 1, 2), floor, dtype=torch.float64) for floor in plan.floors}
+    found = plan.improved(keeps)
+    assert [each.method for each in found.values()] == [plan.method, *plan.rankings]
+    assert len(plan.floors) > 1 and all((each.keep == each.method.lengths.floor).all() for each in found.values())
+    first = plan.floors[0]
+    assert {each.method.lengths.floor for each in plan.improved({first: keeps[first]}).values()} == {first}
+    assert plan.steps(4, 2) == 4 + 2 * 4 + len(plan.floors) * plan.visits(4)
+
+
 def test_a_descent_makes_lengths_cheaper():
     prompt = answered("llava_gqa", models.alone("llava_gqa", LENGTHS, 0))
     descent = Descent(torch.tensor([0.1, 0.2, 0.5]).double().view(3, 1, 1).expand(3, 6, 2).clone(), (0.1, 0.2, 0.5), 12)
