@@ -8,14 +8,13 @@ it is not. Sees prompts (measure.py), and no samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods import Method
 from ..profiles.profile import PrefixProfile
 from .measure import AnsweredPrompt
 
@@ -64,13 +63,18 @@ class Descent:
         profile = PrefixProfile(self.anchors, self.ratios().detach())
         return torch.stack([profile.keep_ratios(budget) for budget in budgets])
 
-    def step(self, prompt: AnsweredPrompt, method: Method) -> float:
-        """Look at one prompt and take a step; returns the mean of the logarithms of the divergences."""
+    def step(self, prompt: AnsweredPrompt, entries: Mapping[int, Tensor]) -> float:
+        """Look at one prompt and take a step; returns the mean of the logarithms of the divergences.
+
+        Args:
+            prompt: what is looked at.
+            entries: its `entry_ratios`.
+        """
         progress = self._done / max(1, self._visits)
         temperature = _WARM if progress < 2 / 3 else _COLD
         self._optimiser.param_groups[0]["lr"] = _RATE * (1 - progress) + _LEAST_RATE
         self._optimiser.zero_grad()
-        entries, continuations = prompt.entry_ratios(method), prompt.continuations()
+        continuations = prompt.continuations()
         total = 0.0
         with prompt.frozen(), torch.enable_grad():
             ratios = self.ratios()

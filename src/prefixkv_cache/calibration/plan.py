@@ -155,7 +155,7 @@ class Plan:
         """How much there is to do, in prompts, for so many samples of either kind."""
         if not self.is_measured:
             return n_found
-        return n_found + n_aside * (3 + bool(self.rankings)) + self.visits(n_found) * len(self.floors)
+        return n_found + n_aside * (3 + bool(self.rankings)) + self.visits(n_found)
 
     @property
     def floors(self) -> tuple[float | int, ...]:

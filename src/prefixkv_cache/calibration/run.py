@@ -132,19 +132,19 @@ class Run:
 
     def _improved(self, candidate: Candidate, jobs: Sequence[Job] | None) -> dict[str, Candidate]:
         """A candidate's lengths after a descent above each floor; nothing where that could not be done."""
-        keeps: dict[float | int, Tensor] = {}
-        answers: dict[tuple[int, ...], Tensor] = {}
-        for floor in self.plan.floors:
-            start = Candidate(candidate.keep, candidate.method.replace(floor=floor))
-            stage = f"improved {Round({'': start}, self.plan.budgets).stage}"
-            if f"{stage}/0" not in self.state and jobs is not None:
-                keep = self._descend(start, jobs, answers) if jobs else None
-                if keep is not None:
-                    self.state.add(f"{stage}/0", [as_row(1, {"keep": keep})])
-                self.share()
-            for row in self.rows(stage):
-                keeps[floor] = torch.tensor(row["tables"]["keep"], dtype=torch.float64)
-        return self.plan.improved(keeps)
+        starts = {floor: Candidate(candidate.keep, candidate.method.replace(floor=floor)) for floor in self.plan.floors}
+        said = {str(floor): start for floor, start in starts.items()}
+        stage = f"improved {Round(said, self.plan.budgets).stage}"
+        if f"{stage}/0" not in self.state and jobs is not None:
+            keeps = self._descend(said, jobs) if jobs else {}
+            if keeps:
+                self.state.add(f"{stage}/0", [as_row(1, keeps)])
+            self.share()
+        rows = self.rows(stage)
+        if not rows:
+            return {}
+        tables = rows[0]["tables"]
+        return self.plan.improved({floor: torch.tensor(tables[str(floor)], dtype=torch.float64) for floor in starts})
 
     def _best(self, rounds: Sequence[Round]) -> tuple[str, Candidate] | None:
         """The best of the candidates so far; None where nothing could be measured."""
@@ -154,34 +154,35 @@ class Run:
         name = best(mean_costs(measured))
         return name, {name: each for some in rounds for name, each in some.candidates.items()}[name]
 
-    def _descend(
-        self, candidate: Candidate, jobs: Sequence[Job], answers: dict[tuple[int, ...], Tensor]
-    ) -> Tensor | None:
-        """float64 [n_budgets, n_layers, n_heads or 1]: the candidate's lengths, improved on samples.
+    def _descend(self, starts: Mapping[str, Candidate], jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """Lengths improved on samples: float64 [n_budgets, n_layers, n_heads or 1] by name. Empty: it failed.
 
         Args:
-            answers: those written before, by the job; more are added.
+            starts: candidates by name, whose methods differ in their floors alone.
         """
-        descent: Descent | None = None
+        method = next(iter(starts.values())).method
+        descents: dict[str, Descent] = {}
+        seen: dict[tuple[int, ...], tuple[Tensor, dict[int, Tensor]]] = {}  # small beside the prompt's cache
         try:
             visits = self.plan.visits(len(jobs))
             for visit in range(visits):
                 job = jobs[visit % len(jobs)]
-                known = answers.get(job.indices)
-                prompt = answered(self.model, self.plan, job.load(job.indices), [candidate.method], known)
-                answers[job.indices] = prompt.answer
-                if descent is None:
-                    shape, n_tokens = prompt.n_layers_and_heads, max(prompt.n_tokens)
-                    descent = self.plan.descent(candidate, shape, n_tokens, visits)
-                descent.step(prompt, candidate.method)
+                answer, entries = seen.get(job.indices, (None, None))
+                prompt = answered(self.model, self.plan, job.load(job.indices), [method], answer)
+                entries = prompt.entry_ratios(method) if entries is None else entries
+                seen[job.indices] = prompt.answer, entries
+                if not descents:
+                    size = prompt.n_layers_and_heads, max(prompt.n_tokens)
+                    descents = {name: self.plan.descent(start, *size, visits) for name, start in starts.items()}
+                for descent in descents.values():
+                    descent.step(prompt, entries)
                 self._count(1)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             warnings.warn(f"lengths are not improved by gradient: {describe_error(error)}", stacklevel=2)
-            return None
-        assert descent is not None, "there is at least one visit"
-        return descent.at_budgets(self.plan.budgets)
+            return {}
+        return {name: descent.at_budgets(self.plan.budgets) for name, descent in descents.items()}
 
     def rows(self, stage: str) -> list[Row]:
         """What was found in a stage, by the index of the sample."""
