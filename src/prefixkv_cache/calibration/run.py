@@ -132,11 +132,12 @@ class Run:
 
     def _improved(self, candidate: Candidate, jobs: Sequence[Job] | None) -> dict[str, Candidate]:
         """A candidate's lengths after a descent above each floor; nothing where that could not be done."""
-        starts = {floor: Candidate(candidate.keep, candidate.method.replace(floor=floor)) for floor in self.plan.floors}
-        said = {str(floor): start for floor, start in starts.items()}
-        stage = f"improved {Round(said, self.plan.budgets).stage}"
+        floors = {str(floor): floor for floor in self.plan.floors}  # as a state file names them
+        methods = {name: candidate.method.replace(floor=floor) for name, floor in floors.items()}
+        starts = {name: Candidate(candidate.keep, method) for name, method in methods.items()}
+        stage = f"improved {Round(starts, self.plan.budgets).stage}"
         if f"{stage}/0" not in self.state and jobs is not None:
-            keeps = self._descend(said, jobs) if jobs else {}
+            keeps = self._descend(starts, jobs) if jobs else {}
             if keeps:
                 self.state.add(f"{stage}/0", [as_row(1, keeps)])
             self.share()
@@ -144,7 +145,7 @@ class Run:
         if not rows:
             return {}
         tables = rows[0]["tables"]
-        return self.plan.improved({floor: torch.tensor(tables[str(floor)], dtype=torch.float64) for floor in starts})
+        return self.plan.improved({floors[name]: torch.tensor(tables[name], dtype=torch.float64) for name in starts})
 
     def _best(self, rounds: Sequence[Round]) -> tuple[str, Candidate] | None:
         """The best of the candidates so far; None where nothing could be measured."""
