@@ -77,7 +77,7 @@ def test_lengths_of_their_own(model_type):
         config = case.model.config
         hybrid = model_type not in EVERY
         n_layers = len(PrefixKVCache(config=config).layers)
-        profile = by_head(config, n_layers, "default:floor=0;headroom=2")
+        profile = by_head(config, n_layers, "default:headroom=2")
         cache = PrefixKVCache(profile, BUDGET, config=config, prune_sliding=hybrid)
         assert_pruning_equals_masking(case, cache)
         assert any(len(layer.segments) > 1 for layer in cache.layers)

@@ -193,7 +193,7 @@ class Plan:
 
     def ranked(self, name: str, keep: Tensor) -> dict[str, Candidate]:
         """The lengths of one candidate, with each of the other rankings."""
-        return {f"{name}, {method.spell()}": Candidate(keep, method) for method in self.rankings}
+        return {own: Candidate(keep, method) for own, method in self._others(name).items()}
 
     def improved(self, keeps: Mapping[float | int, Tensor]) -> dict[str, Candidate]:
         """Lengths that were improved by gradient, with each of the rankings.
@@ -202,12 +202,16 @@ class Plan:
             keeps: by floor; a ranking takes those above its own.
         """
         name = f"gradient/{self.unit}"
-        found = {name: self.method} | {f"{name}, {method.spell()}": method for method in self.rankings}
+        methods = {name: self.method, **self._others(name)}
         return {
-            name: Candidate(keeps[method.lengths.floor], method)
-            for name, method in found.items()
+            own: Candidate(keeps[method.lengths.floor], method)
+            for own, method in methods.items()
             if method.lengths.floor in keeps
         }
+
+    def _others(self, name: str) -> dict[str, Method]:
+        """The other rankings, by what lengths of this name are called with them."""
+        return {f"{name}, {method.spell()}": method for method in self.rankings}
 
     def descent(self, of: Candidate, n_layers_and_heads: tuple[int, int], n_tokens: int, visits: int) -> Descent:
         """The descent from a candidate's lengths, above its method's floor in a prompt of so many tokens."""
